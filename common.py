@@ -1,45 +1,49 @@
-"""Data and fixed noise for the GAN scripts of this folder: nothing else is shared between them.
+"""Data loading and fixed-noise sampling for the GAN scripts of this folder, which share nothing else.
 
-    data = load_data("mnist", "data")             # data.images is one uint8 tensor (N, C, H, W)
-    for index in epoch_order(len(data.images), batch_size=64, seed=0, epoch=0):
-        x_real = to_batch(data.images, index)     # (B, C, H, W), floats in [-1, 1]
-
-    z = fixed_noise(64, latent_dim=100, seed=0)   # the same 64 points for the whole run
-    save_grid("samples.png", sample(G, z))
-
-A data set is decoded once and stays in memory as bytes. A batch is then an index, a cast and a scale: no DataLoader, no
-worker processes, no per-image Python.
+A data set is decoded once and kept as one uint8 tensor (N, C, H, W). A batch is an index, a cast and a scale: there is
+no DataLoader, no worker and no per-image Python.
 """
 
 import contextlib
 import gzip
 import hashlib
+import io
 import os
-import struct
+import sys
+import time
 import urllib.request
-import zlib
+import warnings
+import zipfile
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import imageio.v2 as imageio
 import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
+from torchvision.datasets import CIFAR10, MNIST, FashionMNIST
 from torchvision.utils import make_grid
+
+FONTS = ["DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique", "cmss10", "cmtt10", "cmr10"]
+FONTS += ["DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic", "cmb10", "cmti10"]
+FONTS += ["STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta"]
+MIRRORS = {
+    "mnist": ["https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/"],
+    "fashion": ["http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"]
+    + ["https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/"],
+}
+POKEMON = "c5aaa610ff2acdf7fd8e2dccd181bca8be9fcb3e"  # the commit of msikma/pokesprite
+MAPPED = 2**28  # a folder of pictures of more bytes than this is kept in a memory-mapped file
 
 
 class Fault(Exception):
-    """What the user can mend. The scripts print it as one sentence, without a traceback, and exit with its code."""
-
-    code = 1
+    """What the user can mend: the scripts print it as one sentence, without a traceback, and exit with code 1."""
 
 
 class Misuse(Fault):
-    """A flag that cannot be, alone or here."""
-
-    code = 2
+    """A flag that cannot be, by itself or with what it is used on: exit code 2."""
 
 
 class Data(NamedTuple):
@@ -49,206 +53,163 @@ class Data(NamedTuple):
 
 
 def load_data(dataset, data_dir="data", img_size=None, classes=None, background="white"):
-    """Read a whole data set into memory.
+    """Read the data set that is a key of DATASETS, whole.
 
-    dataset is a key of DATASETS. img_size None keeps the size of the data (64 for `folder`). classes keeps only the
-    pictures with these labels. background is the colour that transparent pictures are laid on.
-
-    Raises Fault when there is no data, a file is damaged, or fewer than two pictures are left.
+    img_size None keeps the size of the data (64 for `folder`), classes keeps only the pictures with these labels, and
+    transparent pictures are laid on background. Raises Misuse or Fault if a flag does not fit the data, there is none,
+    it is damaged, or only one picture is left.
     """
-    data = DATASETS[dataset](dataset, Path(data_dir), img_size, background)
+    try:
+        data = DATASETS[dataset](dataset, Path(data_dir), img_size, ImageColor.getrgb(background)[:3])
+    except ValueError as error:
+        raise Misuse(f"--background {background} is not a colour: give a name like white, or '#rrggbb'.") from error
+    if classes and data.labels is None:
+        raise Misuse("--classes needs labels, and there are none: put the pictures of each class in a sub-folder.")
     if classes:
-        if data.labels is None:
-            raise Fault("--classes needs labels, and there are none: put the pictures of each class in a sub-folder.")
-        missing = sorted(set(classes) - set(data.labels.unique().tolist()))
-        if missing:
-            raise Fault(f"--classes {missing[0]}: {dataset} has the labels {data.labels.min()} to {data.labels.max()}.")
-        keep = torch.isin(data.labels, torch.tensor(classes))
+        keep = torch.isin(data.labels, torch.tensor(classes)).nonzero().squeeze(1)
         factors = data.factors and {name: values[keep] for name, values in data.factors.items()}
         data = Data(data.images[keep], data.labels[keep], factors)
     if len(data.images) < 2:
-        raise Fault(f"{dataset} has {len(data.images)} picture, and batch norm needs at least 2 to train on.")
+        raise Fault(f"{len(data.images)} pictures are not enough for batch norm: give more, or other --classes.")
     if img_size and img_size != data.images.shape[-1]:
-        data = data._replace(images=torch.cat([resize(chunk, img_size) for chunk in data.images.split(4096)]))
+        resize = partial(F.interpolate, size=(img_size, img_size), mode="bilinear", antialias=True)
+        data = data._replace(images=torch.cat([resize(x.float()).round().byte() for x in data.images.split(1024)]))
     return data
 
 
-def resize(images, size):
-    """uint8 (N, C, H, W) -> uint8 (N, C, size, size), bilinear and anti-aliased."""
-    return F.interpolate(images.float(), size=(size, size), mode="bilinear", antialias=True).round().to(torch.uint8)
-
-
 def epoch_order(n, batch_size, seed, epoch):
-    """The shuffled indexes of one epoch, int64 (steps, batch). The rest that does not fill a batch is left out.
-
-    A function of its arguments alone: a resumed run sees the batches that it would have seen.
-    """
-    batch_size = min(batch_size, n)
+    """The indexes of an epoch, (steps, batch), in a random order that is the same when a run is resumed."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
     return order[: n // batch_size * batch_size].view(-1, batch_size)
 
 
 def to_batch(images, index):
-    """The pictures at index, as floats in [-1, 1], (B, C, H, W)."""
+    """The pictures at index, as floats (B, C, H, W) in [-1, 1]."""
     return images[index].float() / 127.5 - 1
 
 
-def fixed_noise(n, latent_dim, seed, device="cpu"):
+def fixed_noise(n, latent_dim, seed):
     """z ~ N(0, I), (n, latent_dim), from a generator of its own: the same whatever was drawn before."""
-    return torch.randn(n, latent_dim, generator=torch.Generator().manual_seed(seed)).to(device)
+    return torch.randn(n, latent_dim, generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
 def sample(G, z):
-    """G(z) in eval mode, as uint8 (N, C, H, W) on the CPU. G's mode is put back.
-
-    In training mode batch norm would make each picture depend on the others of its batch.
-    """
+    """G(z) as uint8 (N, C, H, W) on the CPU. In training mode batch norm would make pictures depend on each other."""
     was_training = G.training
     G.eval()
-    x = torch.cat([G(chunk).float() for chunk in z.split(256)])  # (N, C, H, W) in [-1, 1]
+    x = torch.cat([G(chunk).float().cpu() for chunk in z.split(256)])  # (N, C, H, W) in [-1, 1]
     G.train(was_training)
-    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+    return ((x + 1) * 127.5).round().clamp(0, 255).byte()
 
 
-def save_grid(path, images, columns=8):
-    """Write uint8 (N, C, H, W) as one picture, small images enlarged."""
+def grid(images, columns=8):
+    """uint8 (N, C, H, W) -> one picture, uint8 (height, width, 3); small images are enlarged."""
     zoom = max(1, 56 // images.shape[-1])
     images = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-    imageio.imwrite(path, make_grid(images, columns, padding=2 * zoom, pad_value=96).permute(1, 2, 0).numpy())
-
-
-# ---- digits: rendered, so that everything works without a download ----
-
-SANS = ["DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique", "cmss10", "cmtt10"]
-SERIF = ["DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic", "cmr10", "cmb10", "cmti10"]
-FONTS = SANS + SERIF + ["STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta"]
-
-
-def signed_distance(ink):
-    """bool (M, S, S) -> float (M, S, S): the distance to the outline in pixels, positive inside."""
-    place = torch.arange(ink.shape[-1], dtype=torch.float32)
-    cost = (place[:, None] - place) ** 2
-
-    def distance(target):
-        squared = torch.where(target, 0.0, 1e4)
-        for _ in range(2):  # along the rows, then along the columns
-            squared = (squared[:, :, None, :] + cost).amin(-1).transpose(1, 2)
-        return squared.sqrt().clamp(min=0.5) - 0.5
-
-    return distance(~ink) - distance(ink)
+    return make_grid(images, columns, padding=2 * zoom, pad_value=96).permute(1, 2, 0).numpy()
 
 
 def render_digits(n, seed):
-    """n digits, 28x28, white on black, in the fonts that matplotlib ships, each with random factors. Deterministic.
+    """n digits, 28x28, white on black, in the fonts that matplotlib ships, each with random factors.
 
-    Each glyph is drawn once, large, and turned into distances from its outline. Sampled under a rotation, slant, scale
-    and shift, these give a smooth outline, and a constant added to them makes the stroke thicker or thinner.
+    Each glyph is drawn once, large, and turned into distances from its outline, positive inside. Sampled under a
+    rotation, slant, scale and shift, these give a smooth outline; adding a constant makes the stroke thicker.
     """
-    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     glyphs = []
     for name in FONTS:
-        font = ImageFont.truetype(str(folder / f"{name}.ttf"), 100)
-        _, top, _, bottom = font.getbbox("0")
-        font = ImageFont.truetype(str(folder / f"{name}.ttf"), 100 * 40 / (bottom - top))  # a zero is 40 pixels high
+        path = f"{matplotlib.get_data_path()}/fonts/ttf/{name}.ttf"
+        _, top, _, bottom = ImageFont.truetype(path, 100).getbbox("0")
+        font = ImageFont.truetype(path, 100 * 40 / (bottom - top))  # a zero is 40 pixels high
         for digit in "0123456789":
             glyph = Image.new("L", (64, 64))
             left, top, right, bottom = font.getbbox(digit)
             ImageDraw.Draw(glyph).text(((64 - left - right) / 2, (64 - top - bottom) / 2), digit, 255, font)
             glyphs.append(torch.from_numpy(np.array(glyph) > 127))
-    distance = signed_distance(torch.stack(glyphs))  # (fonts * 10, 64, 64)
+    ink, place = torch.stack(glyphs), torch.arange(64.0)  # (fonts * 10, 64, 64)
+    squared = torch.where(torch.stack([~ink, ink]), 0, 1e4)  # to the nearest pixel without ink, and with ink
+    for _ in range(2):  # along the rows, then along the columns
+        squared = (squared[..., None, :] + (place[:, None] - place) ** 2).amin(-1).transpose(-1, -2)
+    without, with_ink = squared.sqrt().clamp(min=0.5)
+    distance = without - with_ink  # (fonts * 10, 64, 64)
     half_stroke = distance.flatten(1).amax(1).view(-1, 10).median(1).values  # (fonts,)
 
     rng = torch.Generator().manual_seed(seed)
-    labels = torch.randint(10, (n,), generator=rng)
-    font = torch.randint(len(FONTS), (n,), generator=rng)
+    labels, font = torch.randint(10, (n,), generator=rng), torch.randint(len(FONTS), (n,), generator=rng)
+    uniform = torch.rand(6, n, generator=rng)
+    low = torch.tensor([-15, -0.3, 0.85, 2.0, -2, -2])[:, None]
+    high = torch.tensor([15, 0.3, 1.10, 4.5, 2, 2])[:, None]
+    rotation, slant, scale, thickness, shift_x, shift_y = low + (high - low) * uniform
+    thicker = (thickness - half_stroke[font]).clamp(min=-0.5)  # any thinner, and hairlines would break
 
-    def uniform(low, high):
-        return low + (high - low) * torch.rand(n, generator=rng)
-
-    rotation, slant, scale = uniform(-15, 15), uniform(-0.3, 0.3), uniform(0.85, 1.1)
-    shift_x, shift_y = uniform(-2, 2), uniform(-2, 2)
-    offset = (uniform(2.0, 4.5) - half_stroke[font]).clamp(min=-0.5)  # thinner, and hairlines would break
-
-    # From a place in the picture back to the place in the glyph: undo the shift, the rotation, the slant and the scale.
-    cos, sin, one = torch.deg2rad(rotation).cos(), torch.deg2rad(rotation).sin(), torch.ones(n)
-    rotate = torch.stack([cos, sin, -sin, cos], 1).view(n, 2, 2)
-    shear = torch.stack([one, slant, 0 * one, one], 1).view(n, 2, 2)
-    linear = 14 / 16 / scale[:, None, None] * shear @ rotate  # a zero of 40/64 glyph becomes 20/28 picture
+    # From a place in the picture to its place in the glyph: undo the shift, the rotation, the slant and the scale.
+    cos, sin = torch.deg2rad(rotation).cos(), torch.deg2rad(rotation).sin()
+    linear = torch.stack([cos - slant * sin, sin + slant * cos, -sin, cos], 1).view(n, 2, 2)
+    linear *= 14 / 16 / scale.view(n, 1, 1)  # so that a zero of scale 1 is 20 pixels high
     theta = torch.cat([linear, -linear @ torch.stack([shift_x, shift_y], 1)[:, :, None] / 14], 2)  # (n, 2, 3)
-
     images = torch.empty(n, 1, 28, 28, dtype=torch.uint8)
     for i in torch.arange(n).split(4096):
         where = F.affine_grid(theta[i], (len(i), 1, 28, 28), align_corners=False)
         glyph = distance[font[i] * 10 + labels[i], None]  # (4096, 1, 64, 64)
-        inside = F.grid_sample(glyph, where, padding_mode="border", align_corners=False) + offset[i].view(-1, 1, 1, 1)
-        pixels = inside * scale[i].view(-1, 1, 1, 1) / 2  # one pixel is 2 / scale pixels of a glyph
-        images[i] = ((pixels + 0.5).clamp(0, 1) * 255).to(torch.uint8)
-    factors = {"rotation": rotation, "slant": slant, "scale": scale, "thickness": (half_stroke[font] + offset) * scale}
+        inside = F.grid_sample(glyph, where, padding_mode="border", align_corners=False) + thicker[i].view(-1, 1, 1, 1)
+        pixels = inside * scale[i].view(-1, 1, 1, 1) / 2 + 0.5  # one pixel is 2 / scale pixels of the glyph
+        images[i] = (pixels.clamp(0, 1) * 255).byte()
+    factors = {"rotation": rotation, "slant": slant, "scale": scale, "thickness": (half_stroke[font] + thicker) * scale}
     return Data(images, labels, factors | {"shift_x": shift_x, "shift_y": shift_y, "font": font.float()})
 
 
 def load_digits(dataset, data_dir, img_size, background):
-    """The 60,000 rendered digits, rendered at the first use and then kept in data_dir/digits."""
+    """60,000 rendered digits, kept in data_dir/digits after the first time."""
     cache = data_dir / "digits" / "digits-1.pt"  # count up when render_digits changes
-    with contextlib.suppress(Exception):  # not there or damaged: render again
+    with contextlib.suppress(Exception):  # not there, or damaged: render again
         return Data(**torch.load(cache, weights_only=True))
-    data = render_digits(60_000, seed=0)
-    with contextlib.suppress(OSError):  # a read-only folder costs two seconds a run, no more
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(data._asdict(), f"{cache}.{os.getpid()}")
-        os.replace(f"{cache}.{os.getpid()}", cache)
+    data, buffer = render_digits(60_000, seed=0), io.BytesIO()
+    torch.save(data._asdict(), buffer)
+    with contextlib.suppress(OSError):  # a read-only folder costs two seconds each time, no more
+        write_atomically(cache, buffer.getbuffer())
     return data
 
 
-# ---- mnist and fashion: IDX files, found or downloaded ----
-
-MIRRORS = {
-    "mnist": ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/"),
-    "fashion": (
-        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
-        "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
-    ),
-}
+def write_atomically(path, content):
+    """Write bytes so that path is never there in part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}")
+    part.write_bytes(content)
+    os.replace(part, path)
 
 
-def download(urls, path, md5, timeout=20):
-    """Fetch the first of urls that answers with the right md5 into path, whole or not at all. Raises Fault."""
+def download(urls, path, md5=None, places=()):
+    """Fetch the first of urls that answers with the right md5 into path. Raises Fault, which names places too."""
+    print(f"Downloading {path}", flush=True)
     reasons = []
     for url in urls:
         try:
-            with urllib.request.urlopen(url, timeout=timeout) as answer:
+            with urllib.request.urlopen(url, timeout=20) as answer:
                 content = answer.read()
+            if md5 in (None, hashlib.md5(content).hexdigest()):
+                return write_atomically(path, content)
+            reasons.append(f"{url} has the wrong md5")
         except (OSError, ValueError) as error:
-            reasons.append(f"{url} ({getattr(error, 'reason', None) or error})")
-            continue
-        if hashlib.md5(content).hexdigest() == md5:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_name(f"{path.name}.{os.getpid()}")
-            part.write_bytes(content)
-            os.replace(part, path)
-            return
-        reasons.append(f"{url} (wrong md5)")
-    raise Fault("could not download " + " nor ".join(reasons))
+            reasons.append(f"{url} failed ({getattr(error, 'reason', error)})")
+    places = ", ".join(map(str, places or [path.parent]))
+    raise Fault(
+        f"no {path.name} in {places}; {'; '.join(reasons)}. Put it into {path.parent}, name its folder with --data-dir, "
+        "or use --dataset digits, which is built in."
+    )
 
 
 def read_idx(path):
-    """The uint8 array of an IDX file, raw or .gz, of the shape that its header gives. Raises Fault if damaged."""
+    """The uint8 tensor in an IDX file, raw or .gz, of the shape that its header gives. Raises Fault if damaged."""
     try:
         raw = (gzip.open if path.suffix == ".gz" else open)(path, "rb").read()
-        zeros, kind, dims = struct.unpack(">HBB", raw[:4])
-        if (zeros, kind) != (0, 8):
-            raise ValueError("its header is not that of an IDX file of bytes")
-        shape = struct.unpack(f">{dims}I", raw[4 : 4 + 4 * dims])
-        return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(shape).copy())
-    except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
+        shape = np.frombuffer(raw, ">u4", count=raw[3], offset=4)
+        return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape).copy())
+    except Exception as error:  # each way of being damaged raises its own kind
         raise Fault(f"{path} is damaged ({error}): delete it, so that it is downloaded again.") from error
 
 
 def load_idx(dataset, data_dir, img_size, background):
-    """The 60,000 training images of MNIST or Fashion-MNIST."""
-    from torchvision.datasets import MNIST, FashionMNIST  # for the names and md5s of the files
-
+    """The 60,000 training images of MNIST or Fashion-MNIST, found on this machine or downloaded."""
     source = {"mnist": MNIST, "fashion": FashionMNIST}[dataset]
     own = data_dir / source.__name__ / "raw"  # torchvision's layout
     folders = [own, data_dir / dataset, data_dir, *Path("/usr/share/datasets").glob(f"*{dataset}*")]
@@ -257,55 +218,102 @@ def load_idx(dataset, data_dir, img_size, background):
         places = [folder / file for folder in folders for file in (name.removesuffix(".gz"), name)]
         path = next((place for place in places if place.is_file()), own / name)
         if not path.exists():
-            print(f"Downloading {name} into {own}", flush=True)
-            try:
-                download([mirror + name for mirror in MIRRORS[dataset]], path, md5)
-            except Fault as fault:
-                raise Fault(
-                    f"{dataset} not found: no {name}, packed or not, in {', '.join(map(str, folders))}; {fault}. Put its "
-                    f"files into {own}, name their folder with --data-dir, or use --dataset digits, which needs none."
-                ) from None
+            download([mirror + name for mirror in MIRRORS[dataset]], path, md5, folders)
         arrays.append(read_idx(path))
-    images, labels = arrays
-    if images.dim() != 3 or labels.shape != images.shape[:1]:
-        raise Fault(f"{path.parent}: {tuple(images.shape)} images for {tuple(labels.shape)} labels. Delete its files.")
-    return Data(images[:, None], labels.long())
+    if arrays[0].dim() != 3 or arrays[1].shape != arrays[0].shape[:1]:
+        raise Fault(f"{path.parent}: images and labels do not belong together. Delete them; they will be downloaded.")
+    return Data(arrays[0][:, None], arrays[1].long())
 
 
-# ---- folder: your own pictures ----
+def load_stacked(dataset, data_dir, img_size, background):
+    """128,000 random triples of MNIST digits as R, G and B; the label is the mode, 0 to 999 (VEEGAN, PacGAN)."""
+    images, labels, _ = load_idx("mnist", data_dir, img_size, background)
+    triples = torch.randint(len(images), (128_000, 3), generator=torch.Generator().manual_seed(0))
+    return Data(images[triples].squeeze(2), labels[triples] @ torch.tensor([100, 10, 1]))
 
 
-def read_picture(path, size, background):
-    """Any picture as RGB uint8 (3, size, size). Raises Fault that names a picture which cannot be decoded.
+def load_cifar10(dataset, data_dir, img_size, background):
+    """The 50,000 training images of CIFAR-10."""
+    archive = data_dir / CIFAR10.filename
+    if not (archive.exists() or (data_dir / CIFAR10.base_folder).is_dir()):
+        download([CIFAR10.url], archive, CIFAR10.tgz_md5)
+    try:
+        source = CIFAR10(data_dir, download=archive.exists())  # checks the md5 of what is there, unpacks if need be
+    except RuntimeError as error:
+        raise Fault(f"{data_dir}/{CIFAR10.base_folder} is damaged: delete it; it is downloaded again.") from error
+    return Data(torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(source.targets))
 
-    A transparent one is laid on the background (plain convert("RGB") would show its hidden colours) and padded to a
-    square; any other is cropped around its centre.
+
+def load_pokemon(dataset, data_dir, img_size, background):
+    """The 1,352 sprites of pokemon-gen8/regular in msikma/pokesprite, 68x56, cut and padded to 64x64 pixel by pixel."""
+    path = data_dir / f"pokesprite-{POKEMON}.zip"
+    if not path.exists():
+        download([f"https://github.com/msikma/pokesprite/archive/{POKEMON}.zip"], path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [n for n in sorted(archive.namelist()) if "/pokemon-gen8/regular/" in n and n.endswith(".png")]
+            sprites = [read_picture(archive.open(name), 68, background)[:, 2:-2, 2:-2] for name in names]
+    except zipfile.BadZipFile as error:
+        raise Fault(f"{path} is damaged: delete it, so that it is downloaded again.") from error
+    return Data(torch.stack(sprites))
+
+
+def read_picture(file, size, background):
+    """A picture as RGB uint8 (3, size, size): a transparent one padded to a square, any other cropped to its middle.
+
+    Raises Fault that names the picture if it cannot be decoded.
     """
     try:
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
+        with Image.open(file) as picture:
+            picture = ImageOps.exif_transpose(picture)
             if picture.has_transparency_data:
-                picture = picture.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", picture.size, background), picture).convert("RGB")
+                canvas = Image.new("RGBA", picture.size, background)  # convert("RGB") alone shows hidden colours
+                picture = Image.alpha_composite(canvas, picture.convert("RGBA")).convert("RGB")
                 picture = ImageOps.pad(picture, (size, size), Image.Resampling.BICUBIC, background)
             picture = ImageOps.fit(picture.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise Fault(f"{path} cannot be read as a picture ({error}): repair it or take it out of the folder.") from error
+    except Exception as error:  # Pillow raises many kinds for a damaged file
+        raise Fault(f"{getattr(file, 'name', file)} is no picture ({error}): mend it or take it away.") from error
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
 def load_folder(dataset, data_dir, img_size, background):
-    """Every picture below data_dir. Its sub-folders in order are the labels 0, 1, ...; grey pictures give one channel."""
-    endings = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"}
-    paths = sorted(path for path in data_dir.rglob("*") if path.suffix.lower() in endings and path.is_file())
-    if not paths:
-        raise Fault(f"no pictures ({', '.join(sorted(endings))}) below {data_dir}: name their folder with --data-dir.")
-    images = torch.stack([read_picture(path, img_size or 64, background) for path in paths])  # (N, 3, size, size)
-    if (images == images[:, :1]).all():
-        images = images[:, :1].clone()  # (N, 1, size, size)
-    tops = [path.relative_to(data_dir).parts[0] if path.parent != data_dir else "" for path in paths]
-    names = sorted(set(tops))
-    return Data(images, torch.tensor([names.index(top) for top in tops]) if len(names) > 1 else None)
+    """Every picture below data_dir; its sub-folders by name are the labels 0, 1, ...; grey pictures have one channel."""
+    folder, size = data_dir if dataset == "folder" else data_dir / dataset, img_size or 64
+    names = sorted(os.path.join(top, name) for top, _, files in os.walk(folder) for name in files)
+    names = [name for name in names if name.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"))]
+    if not names:
+        by_hand = "" if dataset == "folder" else f"scripts can no longer download {dataset}: unpack it there by hand, or "
+        raise Fault(f"no png, jpg, webp, gif or bmp below {folder}: {by_hand}name the folder with --data-dir.")
+    tops = [os.path.relpath(name, folder).rpartition(os.sep)[0].split(os.sep)[0] for name in names]
+    labels = torch.from_numpy(np.unique(tops, return_inverse=True)[1]) if len(set(tops)) > 1 else None
+    if len(names) * 3 * size * size <= MAPPED:
+        return Data(torch.from_numpy(decode(names, size, background, np.empty)), labels)
+    key = hashlib.md5(f"{size} {background}".encode())
+    for name in names:
+        key.update(f"{name} {os.stat(name).st_size} {os.stat(name).st_mtime_ns}".encode())
+    cache = folder / f"decoded-{key.hexdigest()}.npy"
+    if not cache.exists():
+        part = f"{cache}.{os.getpid()}"
+        decode(names, size, background, partial(np.lib.format.open_memmap, part, "w+"))
+        os.replace(part, cache)
+    with warnings.catch_warnings(action="ignore"):  # torch warns that it must not be written to
+        return Data(torch.from_numpy(np.load(cache, mmap_mode="r")), labels)
 
 
-DATASETS = {"digits": load_digits, "mnist": load_idx, "fashion": load_idx, "folder": load_folder}
+def decode(names, size, background, new_array, channels=1):
+    """The pictures as uint8 (N, 1, size, size), or (N, 3, size, size) as soon as one of them has a colour."""
+    array, started = new_array((len(names), channels, size, size), dtype=np.uint8), time.time()
+    for i, name in enumerate(names):
+        picture = read_picture(name, size, background).numpy()
+        if channels == 1 and (picture != picture[:1]).any():
+            return decode(names, size, background, new_array, channels=3)
+        array[i] = picture[:channels]
+        if i % 1000 == 999 and sys.stdout.isatty():
+            left = (time.time() - started) * (len(names) / (i + 1) - 1)
+            print(f"Reading pictures: {i + 1:,} of {len(names):,}, {left:.0f} s left ", end="\r", flush=True)
+    return array
+
+
+DATASETS = {"digits": load_digits, "mnist": load_idx, "fashion": load_idx, "stacked-mnist": load_stacked}
+DATASETS |= {"cifar10": load_cifar10, "pokemon": load_pokemon}
+DATASETS |= {"celeba": load_folder, "lsun": load_folder, "folder": load_folder}

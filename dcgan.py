@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.functional import softplus
 
-from common import DATASETS, Fault, Misuse, epoch_order, fixed_noise, load_data, sample, save_grid, to_batch
+from common import DATASETS, Fault, Misuse, epoch_order, fixed_noise, grid, load_data, sample, to_batch
 
 
 class Generator(nn.Module):
@@ -72,9 +72,9 @@ class Discriminator(nn.Module):
     def __init__(self, img_size=64, img_channels=3, hidden_channels=(128, 256, 512)):
         super().__init__()
         layers, channels = [], img_channels
-        for width in hidden_channels:
+        for i, width in enumerate(hidden_channels):
             layers += [nn.Conv2d(channels, width, 4, stride=2, padding=1, bias=False)]
-            layers += [nn.BatchNorm2d(width)] if channels != img_channels else []  # none on the first layer
+            layers += [nn.BatchNorm2d(width)] if i > 0 else []  # none on the first layer
             layers += [nn.LeakyReLU(0.2, inplace=True)]  # (B, 128, 32, 32), (B, 256, 16, 16), (B, 512, 8, 8)
             channels = width
         self.layers = nn.Sequential(*layers)
@@ -174,7 +174,7 @@ def open_run(args):
     out, path = Path(args.out), Path(args.out) / "checkpoint.pt"
     if not (args.resume or args.sample):
         if (out / "args.json").exists() and not args.overwrite:
-            raise Misuse(f"{out} holds a run: go on with it (--resume), replace it (--overwrite), or give another --out.")
+            raise Misuse(f"{out} holds a run: continue it with --resume, replace it with --overwrite, or change --out.")
         for file in [*out.glob("checkpoint.pt"), *out.glob("samples/*.png"), *out.glob("generators/*.pt")]:
             file.unlink()
         (out / "samples").mkdir(parents=True, exist_ok=True)
@@ -245,7 +245,7 @@ def generate(args):
     folder.mkdir(exist_ok=True)
     for i, image in enumerate(images):
         imageio.imwrite(folder / f"{i:05d}.png", image.permute(1, 2, 0).squeeze(2).numpy())
-    save_grid(folder.with_suffix(".png"), images)
+    imageio.imwrite(folder.with_suffix(".png"), grid(images))
     print(f"{len(images)} pictures in {folder}, all of them in {folder}.png")
 
 
@@ -268,9 +268,10 @@ def train(args):
     opt_g = torch.optim.Adam(G.parameters(), args.lr_g, betas=(0.5, 0.999), fused=True)
     opt_d = torch.optim.Adam(D.parameters(), args.lr_d, betas=(0.5, 0.999), fused=True)
     parts = {"G": G, "D": D, "opt_g": opt_g, "opt_d": opt_d}
-    z_fixed = fixed_noise(64, args.latent_dim, args.seed, device)
+    z_fixed = fixed_noise(64, args.latent_dim, args.seed).to(device)
 
-    steps_per_epoch = len(images) // min(args.batch_size, len(images))
+    batch_size = min(args.batch_size, len(images))
+    steps_per_epoch = len(images) // batch_size
     last_step = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
     step, log = 0, ["epoch,step,loss_d,loss_g,d_real,d_fake,grad_norm_d,grad_norm_g,images_per_second"]
     if run:
@@ -282,14 +283,14 @@ def train(args):
         rows = (out / "log.csv").read_text().splitlines()[1:]
         log += [row for row in rows if int(row.split(",")[1]) <= step]  # a killed run has logged more than it saved
     else:
-        save_grid(out / "real.png", images[epoch_order(len(images), 64, args.seed, epoch=0)[0]].cpu())
-        save_grid(out / "samples" / "000000.png", sample(G, z_fixed))
+        imageio.imwrite(out / "real.png", grid(images[:: len(images) // 64 or 1][:64].cpu()))
+        imageio.imwrite(out / "samples" / "000000.png", grid(sample(G, z_fixed)))
     (out / "log.csv").write_text("\n".join(log) + "\n")
     sizes = {name: sum(p.numel() for p in parts[name].parameters()) for name in ("G", "D")}
     facts = {"torch": torch.__version__, "on": f"{device}, {'bf16' if bf16 else 'fp32'}", "parameters": sizes}
     flags = {name: value for name, value in vars(args).items() if name != "given"}
     (out / "args.json").write_text(json.dumps(flags | facts, indent=2) + "\n")
-    print(f"{len(images):,} pictures {tuple(images.shape[1:])}; parameters {sizes}; {facts['on']}; to {out}", flush=True)
+    print(f"{len(images):,} pictures {tuple(images.shape[1:])}, parameters {sizes}, {facts['on']}, {out}", flush=True)
 
     stop, started, since = [], (time.time(), step), (time.time(), step)
     ctrl_c = signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # finish the step, then save
@@ -297,7 +298,7 @@ def train(args):
         while step < last_step:
             epoch, i = divmod(step, steps_per_epoch)
             if i == 0 or step == started[1]:
-                order = epoch_order(len(images), args.batch_size, args.seed, epoch).to(device)  # (steps_per_epoch, B)
+                order = epoch_order(len(images), batch_size, args.seed, epoch).to(device)  # (steps_per_epoch, B)
             step += 1
 
             # (1) D step: maximise log D(x) + log(1 - D(G(z)))
@@ -330,25 +331,26 @@ def train(args):
                 row |= {"d_real": logits_real.sigmoid().mean().item(), "d_fake": logits_fake.sigmoid().mean().item()}
                 row |= {"grad_norm_d": grad_norm(D), "grad_norm_g": grad_norm(G)}
                 row["images_per_second"] = (step - since[1]) * len(x_real) / (now - since[0])
-                bad = [name for name, value in row.items() if not math.isfinite(value)]
-                if bad:
-                    raise Fault(f"{bad[0]} is {row[bad[0]]} at step {step}; the last checkpoint is kept. Try a lower rate.")
+                for name, value in row.items():
+                    if not math.isfinite(value):
+                        raise Fault(f"{name} is {value} at step {step}; the last checkpoint is kept. Try a lower rate.")
                 if epoch_ends or step % args.log_every == 0:
                     with open(out / "log.csv", "a") as file:
                         file.write(f"{epoch + 1},{step}," + ",".join(f"{value:.6g}" for value in row.values()) + "\n")
                 since = (now, step)
                 left = (now - started[0]) / (step - started[1]) * (last_step - step)
                 bar = "#" * (20 * step // last_step)
-                text = f"epoch {epoch + 1}/{args.epochs} [{bar:20}] loss_d {row['loss_d']:.3f} loss_g {row['loss_g']:.3f}"
-                text += f" {row['images_per_second']:.0f} images/s, {left // 60:.0f}:{left % 60:02.0f} left"
+                line = f"epoch {epoch + 1}/{args.epochs} [{bar:20}] "
+                line += " ".join(f"{name} {row[name]:.3f}" for name in ("loss_d", "loss_g", "d_real", "d_fake"))
+                line += f" {row['images_per_second']:.0f} images/s {left // 60:.0f}:{left % 60:02.0f} left  "
                 if sys.stdout.isatty() or epoch_ends:
-                    print(f"{text:100}", end="\r" if sys.stdout.isatty() else "\n", flush=True)
+                    print(line, end="\r" if sys.stdout.isatty() else "\n", flush=True)
             early = epoch == 0 and step in [steps_per_epoch >> n for n in range(1, 6)]
             if step % args.sample_every == 0 if args.sample_every else epoch_ends or early:
-                save_grid(out / "samples" / f"{step:06d}.png", sample(G, z_fixed))
+                imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G, z_fixed)))
             if epoch_ends or stopping:
-                state = {"script": "dcgan", "args": flags, "step": step, "z_fixed": z_fixed, "rng": torch.get_rng_state()}
-                state |= {name: part.state_dict() for name, part in parts.items()}
+                state = {name: part.state_dict() for name, part in parts.items()} | {"script": "dcgan", "args": flags}
+                state |= {"step": step, "epoch": epoch + epoch_ends, "z_fixed": z_fixed, "rng": torch.get_rng_state()}
                 save_atomically(out / "checkpoint.pt", state)
                 save_plots(out)
             if epoch_ends and args.snapshot_every and (epoch + 1) % args.snapshot_every == 0:
@@ -360,9 +362,9 @@ def train(args):
         signal.signal(signal.SIGINT, ctrl_c)
         save_plots(out)
         paths = sorted((out / "samples").glob("*.png"), key=lambda path: int(path.stem))
-        durations = [200] * (len(paths) - 1) + [2000]  # milliseconds: the last one is held
-        imageio.mimsave(out / "samples.gif", [imageio.imread(path) for path in paths], duration=durations, loop=0)
-    print(f"Step {step} of {last_step}. Look at {out / 'samples.gif'} and {out / 'losses.png'}.")
+        frames = [imageio.imread(path) for path in paths + paths[-1:] * 9]  # the last one is held
+        imageio.mimsave(out / "samples.gif", frames, duration=200, loop=0)  # milliseconds
+    print(f"\nStep {step} of {last_step}. Look at {out / 'samples.gif'} and {out / 'losses.png'}.")
 
 
 def main(argv=None):
@@ -372,7 +374,7 @@ def main(argv=None):
         generate(args) if args.sample else train(args)
     except (Fault, OSError) as error:
         print(f"dcgan.py: {error}", file=sys.stderr)
-        return getattr(error, "code", 1)
+        return 2 if isinstance(error, Misuse) else 1
     return 0
 
 
