@@ -8,7 +8,9 @@ import contextlib
 import gzip
 import hashlib
 import io
+import math
 import os
+import socket
 import sys
 import time
 import urllib.request
@@ -35,34 +37,31 @@ MIRRORS = {
     + ["https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/"],
 }
 POKEMON = "c5aaa610ff2acdf7fd8e2dccd181bca8be9fcb3e"  # the commit of msikma/pokesprite
-MAPPED = 2**28  # a folder of pictures of more bytes than this is kept in a memory-mapped file
-
+RESIDENT = 2**29  # bytes: a larger folder of pictures is kept in a memory-mapped file, and no larger data on a GPU
 
 class Fault(Exception):
     """What the user can mend: the scripts print it as one sentence, without a traceback, and exit with code 1."""
 
-
 class Misuse(Fault):
     """A flag that cannot be, by itself or with what it is used on: exit code 2."""
-
 
 class Data(NamedTuple):
     images: torch.Tensor  # uint8 (N, C, H, W)
     labels: torch.Tensor | None = None  # int64 (N,)
     factors: dict | None = None  # what each of `digits` was rendered from: name -> float (N,)
 
-
-def load_data(dataset, data_dir="data", img_size=None, classes=None, background="white"):
-    """Read the data set that is a key of DATASETS, whole.
+def load_data(dataset, data_dir="data", img_size=None, classes=None, background="white", device="cpu"):
+    """Read the data set that is a key of DATASETS, whole, onto the device.
 
     img_size None keeps the size of the data (64 for `folder`), classes keeps only the pictures with these labels, and
     transparent pictures are laid on background. Raises Misuse or Fault if a flag does not fit the data, there is none,
     it is damaged, or only one picture is left.
     """
     try:
-        data = DATASETS[dataset](dataset, Path(data_dir), img_size, ImageColor.getrgb(background)[:3])
+        background = ImageColor.getrgb(background)[:3]
     except ValueError as error:
         raise Misuse(f"--background {background} is not a colour: give a name like white, or '#rrggbb'.") from error
+    data = DATASETS[dataset](dataset, Path(data_dir), img_size, background)
     if classes and data.labels is None:
         raise Misuse("--classes needs labels, and there are none: put the pictures of each class in a sub-folder.")
     if classes:
@@ -74,24 +73,20 @@ def load_data(dataset, data_dir="data", img_size=None, classes=None, background=
     if img_size and img_size != data.images.shape[-1]:
         resize = partial(F.interpolate, size=(img_size, img_size), mode="bilinear", antialias=True)
         data = data._replace(images=torch.cat([resize(x.float()).round().byte() for x in data.images.split(1024)]))
-    return data
-
+    return data if data.images.nbytes > RESIDENT else data._replace(images=data.images.to(device))
 
 def epoch_order(n, batch_size, seed, epoch):
     """The indexes of an epoch, (steps, batch), in a random order that is the same when a run is resumed."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
     return order[: n // batch_size * batch_size].view(-1, batch_size)
 
-
-def to_batch(images, index):
-    """The pictures at index, as floats (B, C, H, W) in [-1, 1]."""
-    return images[index].float() / 127.5 - 1
-
+def to_batch(images, index, device="cpu"):
+    """The pictures at index, as floats (B, C, H, W) in [-1, 1] on the device."""
+    return images[index].to(device).float() / 127.5 - 1
 
 def fixed_noise(n, latent_dim, seed):
     """z ~ N(0, I), (n, latent_dim), from a generator of its own: the same whatever was drawn before."""
     return torch.randn(n, latent_dim, generator=torch.Generator().manual_seed(seed))
-
 
 @torch.no_grad()
 def sample(G, z):
@@ -102,13 +97,22 @@ def sample(G, z):
     G.train(was_training)
     return ((x + 1) * 127.5).round().clamp(0, 255).byte()
 
+def noise_path(z, kind, frames=12):
+    """z (4, N, latent_dim) -> (4 * frames, N, latent_dim), from each z to the next, and back to the first: a loop.
+
+    slerp turns by the angle between two z, rotation by a right one: both keep near the lengths that G was trained on.
+    """
+    a, b, u = z[:, None], z.roll(-1, 0)[:, None], torch.arange(frames).view(-1, 1, 1) / frames
+    if kind == "linear":
+        return (a + u * (b - a)).flatten(0, 1)
+    angle = torch.cosine_similarity(a, b, dim=-1).acos()[..., None] if kind == "slerp" else torch.tensor(math.pi / 2)
+    return ((((1 - u) * angle).sin() * a + (u * angle).sin() * b) / angle.sin()).flatten(0, 1)
 
 def grid(images, columns=8):
     """uint8 (N, C, H, W) -> one picture, uint8 (height, width, 3); small images are enlarged."""
     zoom = max(1, 56 // images.shape[-1])
     images = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     return make_grid(images, columns, padding=2 * zoom, pad_value=96).permute(1, 2, 0).numpy()
-
 
 def render_digits(n, seed):
     """n digits, 28x28, white on black, in the fonts that matplotlib ships, each with random factors.
@@ -157,26 +161,26 @@ def render_digits(n, seed):
     factors = {"rotation": rotation, "slant": slant, "scale": scale, "thickness": (half_stroke[font] + thicker) * scale}
     return Data(images, labels, factors | {"shift_x": shift_x, "shift_y": shift_y, "font": font.float()})
 
-
 def load_digits(dataset, data_dir, img_size, background):
     """60,000 rendered digits, kept in data_dir/digits after the first time."""
     cache = data_dir / "digits" / "digits-1.pt"  # count up when render_digits changes
     with contextlib.suppress(Exception):  # not there, or damaged: render again
         return Data(**torch.load(cache, weights_only=True))
-    data, buffer = render_digits(60_000, seed=0), io.BytesIO()
-    torch.save(data._asdict(), buffer)
+    data = render_digits(60_000, seed=0)
     with contextlib.suppress(OSError):  # a read-only folder costs two seconds each time, no more
-        write_atomically(cache, buffer.getbuffer())
+        save_atomically(cache, data._asdict())
     return data
 
-
-def write_atomically(path, content):
-    """Write bytes so that path is never there in part."""
+def save_atomically(path, content):
+    """Write bytes, or what torch.save takes, so that path is the old file or the new one, whole, after a crash too."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}")
+    if not isinstance(content, bytes):
+        buffer = io.BytesIO()
+        torch.save(content, buffer)  # into memory first: straight into a full disk it is no OSError
+        content = buffer.getbuffer()
+    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     part.write_bytes(content)
     os.replace(part, path)
-
 
 def download(urls, path, md5=None, places=()):
     """Fetch the first of urls that answers with the right md5 into path. Raises Fault, which names places too."""
@@ -187,16 +191,13 @@ def download(urls, path, md5=None, places=()):
             with urllib.request.urlopen(url, timeout=20) as answer:
                 content = answer.read()
             if md5 in (None, hashlib.md5(content).hexdigest()):
-                return write_atomically(path, content)
+                return save_atomically(path, content)
             reasons.append(f"{url} has the wrong md5")
         except (OSError, ValueError) as error:
             reasons.append(f"{url} failed ({getattr(error, 'reason', error)})")
-    places = ", ".join(map(str, places or [path.parent]))
-    raise Fault(
-        f"no {path.name} in {places}; {'; '.join(reasons)}. Put it into {path.parent}, name its folder with --data-dir, "
-        "or use --dataset digits, which is built in."
-    )
-
+    looked = ", ".join(map(str, places or [path.parent]))
+    advice = f"put it into {path.parent}, name its folder with --data-dir, or use --dataset digits, which is built in"
+    raise Fault(f"no {path.name}, packed or not, in {looked}; {'; '.join(reasons)}; {advice}.")
 
 def read_idx(path):
     """The uint8 tensor in an IDX file, raw or .gz, of the shape that its header gives. Raises Fault if damaged."""
@@ -206,7 +207,6 @@ def read_idx(path):
         return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape).copy())
     except Exception as error:  # each way of being damaged raises its own kind
         raise Fault(f"{path} is damaged ({error}): delete it, so that it is downloaded again.") from error
-
 
 def load_idx(dataset, data_dir, img_size, background):
     """The 60,000 training images of MNIST or Fashion-MNIST, found on this machine or downloaded."""
@@ -224,28 +224,24 @@ def load_idx(dataset, data_dir, img_size, background):
         raise Fault(f"{path.parent}: images and labels do not belong together. Delete them; they will be downloaded.")
     return Data(arrays[0][:, None], arrays[1].long())
 
-
 def load_stacked(dataset, data_dir, img_size, background):
     """128,000 random triples of MNIST digits as R, G and B; the label is the mode, 0 to 999 (VEEGAN, PacGAN)."""
     images, labels, _ = load_idx("mnist", data_dir, img_size, background)
     triples = torch.randint(len(images), (128_000, 3), generator=torch.Generator().manual_seed(0))
     return Data(images[triples].squeeze(2), labels[triples] @ torch.tensor([100, 10, 1]))
 
-
 def load_cifar10(dataset, data_dir, img_size, background):
-    """The 50,000 training images of CIFAR-10."""
-    archive = data_dir / CIFAR10.filename
-    if not (archive.exists() or (data_dir / CIFAR10.base_folder).is_dir()):
-        download([CIFAR10.url], archive, CIFAR10.tgz_md5)
+    """The 50,000 training images of CIFAR-10, by torchvision, which checks their md5."""
     try:
-        source = CIFAR10(data_dir, download=archive.exists())  # checks the md5 of what is there, unpacks if need be
-    except RuntimeError as error:
-        raise Fault(f"{data_dir}/{CIFAR10.base_folder} is damaged: delete it; it is downloaded again.") from error
+        socket.setdefaulttimeout(20)  # torchvision sets none
+        source = CIFAR10(data_dir, download=True)
+    except (OSError, RuntimeError) as error:
+        by_hand = f"put {CIFAR10.filename} into {data_dir}, or use --dataset digits"
+        raise Fault(f"{CIFAR10.url} cannot be downloaded into {data_dir} ({error}): {by_hand}.") from error
     return Data(torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(source.targets))
 
-
 def load_pokemon(dataset, data_dir, img_size, background):
-    """The 1,352 sprites of pokemon-gen8/regular in msikma/pokesprite, 68x56, cut and padded to 64x64 pixel by pixel."""
+    """The 1,352 sprites of pokemon-gen8/regular in msikma/pokesprite: 68x56, cut and padded to 64x64."""
     path = data_dir / f"pokesprite-{POKEMON}.zip"
     if not path.exists():
         download([f"https://github.com/msikma/pokesprite/archive/{POKEMON}.zip"], path)
@@ -256,7 +252,6 @@ def load_pokemon(dataset, data_dir, img_size, background):
     except zipfile.BadZipFile as error:
         raise Fault(f"{path} is damaged: delete it, so that it is downloaded again.") from error
     return Data(torch.stack(sprites))
-
 
 def read_picture(file, size, background):
     """A picture as RGB uint8 (3, size, size): a transparent one padded to a square, any other cropped to its middle.
@@ -275,18 +270,18 @@ def read_picture(file, size, background):
         raise Fault(f"{getattr(file, 'name', file)} is no picture ({error}): mend it or take it away.") from error
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
-
 def load_folder(dataset, data_dir, img_size, background):
-    """Every picture below data_dir; its sub-folders by name are the labels 0, 1, ...; grey pictures have one channel."""
+    """Every picture below data_dir; sub-folders, by name, are the labels 0, 1, ...; grey pictures have one channel."""
     folder, size = data_dir if dataset == "folder" else data_dir / dataset, img_size or 64
     names = sorted(os.path.join(top, name) for top, _, files in os.walk(folder) for name in files)
     names = [name for name in names if name.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"))]
     if not names:
-        by_hand = "" if dataset == "folder" else f"scripts can no longer download {dataset}: unpack it there by hand, or "
-        raise Fault(f"no png, jpg, webp, gif or bmp below {folder}: {by_hand}name the folder with --data-dir.")
+        advice = f"no script can download {dataset} any more, so put its pictures there by hand, or "
+        advice = ("" if dataset == "folder" else advice) + "name another --data-dir"
+        raise Fault(f"no png, jpg, webp, gif or bmp below {folder}: {advice}.")
     tops = [os.path.relpath(name, folder).rpartition(os.sep)[0].split(os.sep)[0] for name in names]
     labels = torch.from_numpy(np.unique(tops, return_inverse=True)[1]) if len(set(tops)) > 1 else None
-    if len(names) * 3 * size * size <= MAPPED:
+    if len(names) * 3 * size * size <= RESIDENT:
         return Data(torch.from_numpy(decode(names, size, background, np.empty)), labels)
     key = hashlib.md5(f"{size} {background}".encode())
     for name in names:
@@ -298,7 +293,6 @@ def load_folder(dataset, data_dir, img_size, background):
         os.replace(part, cache)
     with warnings.catch_warnings(action="ignore"):  # torch warns that it must not be written to
         return Data(torch.from_numpy(np.load(cache, mmap_mode="r")), labels)
-
 
 def decode(names, size, background, new_array, channels=1):
     """The pictures as uint8 (N, 1, size, size), or (N, 3, size, size) as soon as one of them has a colour."""
@@ -312,7 +306,6 @@ def decode(names, size, background, new_array, channels=1):
             left = (time.time() - started) * (len(names) / (i + 1) - 1)
             print(f"Reading pictures: {i + 1:,} of {len(names):,}, {left:.0f} s left ", end="\r", flush=True)
     return array
-
 
 DATASETS = {"digits": load_digits, "mnist": load_idx, "fashion": load_idx, "stacked-mnist": load_stacked}
 DATASETS |= {"cifar10": load_cifar10, "pokemon": load_pokemon}

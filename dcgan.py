@@ -15,10 +15,8 @@ image size and a laptop allow (the paper: 1024, 512, 256 and 128 channels from 4
 """
 
 import argparse
-import io
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -29,10 +27,12 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import nn
-from torch.nn.functional import softplus
+from torch.nn.functional import relu, softplus
+from torch.nn.utils.parametrizations import spectral_norm
+from torch.optim.swa_utils import AveragedModel
 
-from common import DATASETS, Fault, Misuse, epoch_order, fixed_noise, grid, load_data, sample, to_batch
-
+from common import DATASETS, Fault, Misuse, epoch_order, fixed_noise, grid, load_data, noise_path, sample
+from common import save_atomically, to_batch
 
 class Generator(nn.Module):
     """z (B, latent_dim) -> image (B, img_channels, img_size, img_size) in [-1, 1].
@@ -41,68 +41,93 @@ class Generator(nn.Module):
     The shapes below are those of the default arguments.
     """
 
-    def __init__(self, latent_dim=100, img_size=64, img_channels=3, hidden_channels=(128, 256, 512)):
+    def __init__(self, latent_dim=100, img_size=64, img_channels=3, hidden_channels=(128, 256, 512),
+                 kernel_size=4, upsample="transpose", depth=1, init="dcgan"):  # fmt: skip
         super().__init__()
         factor = 2 ** len(hidden_channels)
         if factor == 1 or img_size % factor:
-            raise Fault(
-                f"images of size {img_size} cannot be halved once for each of {len(hidden_channels)} hidden channels: "
-                f"make --img-size a multiple of {max(factor, 2)}, or give fewer --hidden-channels."
-            )
+            raise Fault(f"--img-size {img_size} is not a multiple of {max(factor, 2)}: each hidden channel halves it.")
         *rest, channels = hidden_channels
         self.start = (img_size // factor, img_size // factor, channels)
         self.project = nn.Linear(latent_dim, math.prod(self.start), bias=False)
         layers = [nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]  # (B, 512, 8, 8)
-        for width in reversed(rest):
-            layers += [nn.ConvTranspose2d(channels, width, 4, stride=2, padding=1, bias=False)]
-            layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]  # (B, 256, 16, 16), then (B, 128, 32, 32)
+        for width in [*reversed(rest), img_channels]:  # (B, 256, 16, 16), (B, 128, 32, 32), (B, 3, 64, 64)
+            for _ in range(depth - 1):
+                layers += [nn.Conv2d(channels, channels, 3, padding=1, bias=False)]
+                layers += [nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
+            if upsample == "nearest":
+                layers += [nn.Upsample(scale_factor=2), nn.Conv2d(channels, width, 3, padding=1, bias=False)]
+            else:
+                half, odd = (kernel_size - 1) // 2, kernel_size % 2
+                layers += [nn.ConvTranspose2d(channels, width, kernel_size, 2, half, output_padding=odd, bias=False)]
+            layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
             channels = width
-        layers += [nn.ConvTranspose2d(channels, img_channels, 4, stride=2, padding=1, bias=False), nn.Tanh()]
-        self.layers = nn.Sequential(*layers)  # (B, 3, 64, 64)
-        self.apply(init_weights)
+        self.layers = nn.Sequential(*layers[:-2], nn.Tanh())  # neither batch norm nor ReLU on the image
+        if init == "dcgan":
+            self.apply(init_weights)
 
     def forward(self, z):
         x = self.project(z).view(-1, *self.start)  # (B, 8, 8, 512)
         return self.layers(x.permute(0, 3, 1, 2))  # channels last in memory, as the convolutions want them
 
-
 class Discriminator(nn.Module):
     """image (B, img_channels, img_size, img_size) -> logit (B,): G's mirror image."""
 
-    def __init__(self, img_size=64, img_channels=3, hidden_channels=(128, 256, 512)):
+    def __init__(self, img_size=64, img_channels=3, hidden_channels=(128, 256, 512),
+                 kernel_size=4, depth=1, norm="batch", dropout=0.0, init="dcgan"):  # fmt: skip
         super().__init__()
-        layers, channels = [], img_channels
-        for i, width in enumerate(hidden_channels):
-            layers += [nn.Conv2d(channels, width, 4, stride=2, padding=1, bias=False)]
-            layers += [nn.BatchNorm2d(width)] if i > 0 else []  # none on the first layer
-            layers += [nn.LeakyReLU(0.2, inplace=True)]  # (B, 128, 32, 32), (B, 256, 16, 16), (B, 512, 8, 8)
+        layers, channels, bias = [], img_channels, norm != "batch"  # batch norm has a bias of its own
+        for width in hidden_channels:  # (B, 128, 32, 32), (B, 256, 16, 16), (B, 512, 8, 8)
+            convs = [nn.Conv2d(channels, width, kernel_size, 2, (kernel_size - 1) // 2, bias=bias)]
+            convs += [nn.Conv2d(width, width, 3, padding=1, bias=bias) for _ in range(depth - 1)]
+            for conv in convs:
+                layers += [conv, nn.BatchNorm2d(width)] if norm == "batch" and layers else [conv]  # not on the first
+                layers += [nn.LeakyReLU(0.2, inplace=True)] + [nn.Dropout(dropout)] * (dropout > 0)
             channels = width
         self.layers = nn.Sequential(*layers)
-        self.classify = nn.Linear((img_size // 2 ** len(hidden_channels)) ** 2 * channels, 1, bias=False)
-        self.apply(init_weights)
+        self.classify = nn.Linear((img_size // 2 ** len(hidden_channels)) ** 2 * channels, 1, bias=bias)
+        if init == "dcgan":
+            self.apply(init_weights)
+        if norm == "spectral":
+            self.apply(lambda layer: spectral_norm(layer) if hasattr(layer, "weight") else layer)
 
     def forward(self, x):
         x = self.layers(x).permute(0, 2, 3, 1).flatten(1)  # (B, 8 * 8 * 512), in the order in which they lie in memory
         return self.classify(x).squeeze(1).float()  # (B,)
 
-
 def init_weights(module):
-    """The paper's: N(0, 0.02) in every layer, N(1, 0.02) for the scale of batch norm."""
-    if isinstance(module, nn.BatchNorm2d):
-        nn.init.normal_(module.weight, 1.0, 0.02)
-    elif isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
-        nn.init.normal_(module.weight, 0.0, 0.02)
+    """The paper's: N(0, 0.02) for every weight, N(1, 0.02) for the scale of batch norm."""
+    if hasattr(module, "weight"):
+        nn.init.normal_(module.weight, float(isinstance(module, nn.BatchNorm2d)), 0.02)
 
+def discriminator_loss(logits_real, logits_fake, loss="bce", smoothing=0.0):
+    """-log D(x) - log(1 - D(G(z))), with -log sigmoid(l) = softplus(-l). Real is 1 - smoothing; or the hinge loss."""
+    f = softplus if loss == "bce" else lambda logits: relu(1 + logits)
+    real = (1 - smoothing) * f(-logits_real) + smoothing * f(logits_real)  # (B,)
+    return real.mean() + f(logits_fake).mean()
 
-def discriminator_loss(logits_real, logits_fake):
-    """-log D(x) - log(1 - D(G(z))). With D = sigmoid(l), -log D is softplus(-l) and -log(1 - D) is softplus(l)."""
-    return softplus(-logits_real).mean() + softplus(logits_fake).mean()
-
-
-def generator_loss(logits_fake):
+def generator_loss(logits_fake, loss="bce"):
     """-log D(G(z)) = softplus(-l). Its gradient is large while D sees through G; that of log(1 - D(G(z))) vanishes."""
-    return softplus(-logits_fake).mean()
+    return softplus(-logits_fake).mean() if loss == "bce" else -logits_fake.mean()
 
+def r1_penalty(logits_real, x_real):
+    """mean |grad_x D(x)|^2 over real pictures: D may not be steep where the data is (Mescheder 2018, 1801.04406)."""
+    (gradient,) = torch.autograd.grad(logits_real.sum(), x_real, create_graph=True)  # (B, C, H, W)
+    return gradient.square().flatten(1).sum(1).mean()
+
+def diffaugment(x):
+    """Colour, translation and cutout, random for each picture, differentiable (Zhao et al. 2020, 2006.10738)."""
+    b, _, h, w = x.shape
+    r = torch.rand(7, b, 1, 1, 1, device=x.device)
+    x = x + r[0] - 0.5  # brightness
+    x = torch.lerp(x.mean(1, keepdim=True), x, 2 * r[1])  # saturation
+    x = torch.lerp(x.mean((1, 2, 3), keepdim=True), x, r[2] + 0.5)  # contrast
+    row, column = torch.arange(h, device=x.device).view(h, 1), torch.arange(w, device=x.device)
+    hole = ((row - h * r[3]).abs() < h / 4) & ((column - w * r[4]).abs() < w / 4)  # (B, 1, H, W)
+    row = (row + ((r[5] - 0.5) * h / 4).round().long()).clamp(0, h - 1)[:, 0]  # (B, H, 1), up to 1/8 away
+    column = (column + ((r[6] - 0.5) * w / 4).round().long()).clamp(0, w - 1)[:, 0]  # (B, 1, W)
+    x = x.permute(0, 2, 3, 1)[torch.arange(b).view(b, 1, 1), row, column]  # (B, H, W, C)
+    return x.permute(0, 3, 1, 2).masked_fill(hole, 0)
 
 def number(kind, low, high=math.inf):
     """A type for argparse: an int or a float from low to high."""
@@ -112,65 +137,77 @@ def number(kind, low, high=math.inf):
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return kind(text)
 
-    parse.__name__ = kind.__name__
     return parse
-
 
 def parse_args(argv=None):
     """The flags; and in args.given the names of those that stand in argv."""
-    parser = argparse.ArgumentParser(description="DCGAN, arXiv 1511.06434")
-    count, rate = number(int, 1), number(float, 0, 1)
-    add = parser.add_argument_group("run").add_argument
-    add("--epochs", type=count, default=10, help="passes over the data, in all (%(default)s)")
-    add("--max-steps", type=count, help="stop after so many generator updates, if that comes first")
-    add("--batch-size", type=count, default=64, help="pictures a step (%(default)s)")
-    add("--seed", type=number(int, 0, 2**31), default=0, help="of the weights, the noise and the order (%(default)s)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
-    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where the hardware has it")
-    add("--out", help="the folder of the run (runs/dcgan-DATASET)")
-    add("--overwrite", action="store_true", help="replace the run that is in the folder")
-    add("--resume", action="store_true", help="go on with the run that is in the folder, by its flags, to --epochs")
-    add("--sample", type=count, metavar="N", help="train nothing: write N pictures with the folder's checkpoint")
-    add("--log-every", type=count, default=50, help="steps from one row of log.csv to the next (%(default)s)")
-    add("--sample-every", type=count, help="steps from one sample grid to the next (an epoch, and fewer in the first)")
-    add("--snapshot-every", type=count, help="epochs from one copy of G in generators/ to the next (none)")
-    add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=list(DATASETS), default="digits", help="folder: your own pictures (%(default)s)")
-    add("--data-dir", default="data", help="where the data is, or is downloaded to (%(default)s)")
-    add("--classes", type=int, nargs="+", help="only the pictures with these labels (all)")
-    add("--background", default="white", help="what transparent pictures are laid on (%(default)s)")
-    add("--img-size", type=count, help="resize the pictures to this (the size of the data; 64 for folder)")
-    add = parser.add_argument_group("model").add_argument
-    add("--latent-dim", type=count, default=100, help="how many numbers z has (%(default)s)")
-    add("--hidden-channels", type=count, nargs="+", help="from the image inwards (32 64 ..., until 8x8 or smaller)")
-    add = parser.add_argument_group("optimiser").add_argument
-    add("--lr-g", type=rate, default=2e-4, help="Adam's rate for G (%(default)s)")
-    add("--lr-d", type=rate, default=2e-4, help="Adam's rate for D (%(default)s)")
+    parser = argparse.ArgumentParser(description="DCGAN, arXiv 1511.06434. The values in brackets are the defaults.")
+    count, share, amount = number(int, 1), number(float, 0, 1), number(float, 0)
+    groups = ("run", "data", "model", "optimiser", "tricks")
+    run, data, model, adam, trick = (parser.add_argument_group(group).add_argument for group in groups)
+    run("--epochs", type=count, default=10, help="passes over the data, in all (%(default)s)")
+    run("--max-steps", type=count, help="stop after so many generator updates, if that comes first")
+    run("--batch-size", type=count, default=64, help="pictures a step (%(default)s)")
+    run("--seed", type=number(int, 0, 2**31), default=0, help="of the weights, the noise and the order (%(default)s)")
+    run("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
+    run("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where the hardware has it")
+    run("--compile", action="store_true", help="torch.compile both networks: minutes to start, faster on a GPU only")
+    run("--out", help="the folder of the run (runs/dcgan-DATASET)")
+    run("--overwrite", action="store_true", help="replace the run that is in the folder")
+    run("--resume", action="store_true", help="go on with the run that is in the folder, by its flags, to --epochs")
+    run("--sample", type=count, metavar="N", help="train nothing: write N pictures with the folder's checkpoint")
+    run("--log-every", type=count, default=50, help="steps from one row of log.csv to the next (%(default)s)")
+    run("--sample-every", type=count, help="steps from one sample grid to the next (an epoch, and fewer in the first)")
+    run("--snapshot-every", type=count, help="epochs from one copy of G in generators/ to the next (none)")
+    run("--interpolate", choices=["linear", "slerp", "rotation"], default="slerp", help="the path of interpolation.gif")
+    data("--dataset", choices=list(DATASETS), default="digits", help="folder: your own pictures (%(default)s)")
+    data("--data-dir", default="data", help="where the data is, or is downloaded to (%(default)s)")
+    data("--classes", type=int, nargs="+", help="only the pictures with these labels (all)")
+    data("--background", default="white", help="what transparent pictures are laid on (%(default)s)")
+    data("--img-size", type=count, help="resize the pictures to this (the size of the data; 64 for folder)")
+    model("--latent-dim", type=count, default=100, help="how many numbers z has (%(default)s)")
+    model("--hidden-channels", type=count, nargs="+", help="from the image inwards (32 64 ..., until 8x8 or smaller)")
+    model("--kernel-size", type=int, choices=[3, 4, 5], default=4, help="of the strided convolutions (%(default)s)")
+    model("--upsample", choices=["transpose", "nearest"], default="transpose", help="nearest: then a 3x3 convolution")
+    model("--depth", type=count, default=1, help="convolutions at each resolution, the extra ones 3x3 (%(default)s)")
+    model("--d-norm", choices=["batch", "spectral", "none"], default="batch", help="spectral: 1802.05957 (batch)")
+    model("--init", choices=["dcgan", "default"], default="dcgan", help="N(0, 0.02), or PyTorch's own (%(default)s)")
+    adam("--lr-g", type=share, default=2e-4, help="Adam's rate for G (%(default)s)")
+    adam("--lr-d", type=share, default=2e-4, help="Adam's rate for D (%(default)s)")
+    adam("--betas", type=number(float, 0, 0.9999), nargs=2, default=[0.5, 0.999], help="Adam's memory (0.5 0.999)")
+    adam("--adam-eps", type=share, default=1e-8, help="Adam's epsilon (%(default)s)")
+    adam("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: down to 0 at the last step")
+    adam("--clip-grad-norm", type=amount, help="scale the gradients of a network down to this L2 norm (off)")
+    adam("--ema", type=share, default=0, help="sample from G's weights averaged with this decay, such as 0.999 (off)")
+    adam("--d-steps", type=count, default=1, help="D updates a step (%(default)s)")
+    adam("--g-steps", type=count, default=1, help="G updates a step (%(default)s)")
+    trick("--loss", choices=["bce", "hinge"], default="bce", help="hinge: Geometric GAN, 1705.02894 (%(default)s)")
+    trick("--r1", type=amount, default=0, help="weight of R1 / 2, the squared gradient of D at real pictures (off)")
+    trick("--label-smoothing", type=share, default=0, help="real means 1 - this, to D: Salimans 2016, 1606.03498 (off)")
+    trick("--flip-labels", type=share, default=0, help="tell D the wrong label for this share of pictures (off)")
+    trick("--instance-noise", type=amount, default=0, help="noise on all that D sees, falling to 0: 1610.04490 (off)")
+    trick("--dropout", type=number(float, 0, 0.99), default=0, help="in D, after each activation (off)")
+    trick("--diffaugment", action="store_true", help="colour, shift, cut-out on all that D sees: under 5,000 pictures")
     args = parser.parse_args(argv)
     given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args))))  # None wherever argv says nothing
     args.given = [name for name, value in vars(given).items() if value is not None]
     args.out = args.out or f"runs/dcgan-{args.dataset}"
     return args
 
-
 def pick_device(args):
-    """The device, and whether to compute in bfloat16 on it. Raises Misuse if it is not there."""
+    """The device, and whether to compute in bfloat16 there: where that is not native it is slow. Raises Misuse."""
     try:
         best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         device = torch.zeros(1, device=best if args.device == "auto" else args.device).device
     except (RuntimeError, AssertionError) as error:
         raise Misuse(f"--device {args.device} cannot be used here: {str(error).splitlines()[0]}") from error
-    cpu = getattr(torch.cpu, "get_capabilities", dict)()  # elsewhere bf16 is emulated, and slow
-    native = device.type == "cpu" and any(cpu.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    native = native or (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
+    has = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    native = native or any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     return device, args.precision == "bf16" or (args.precision == "auto" and native)
 
-
 def open_run(args):
-    """Make the folder of a new run and return None; or load the run that is there, and its flags into args.
-
-    Raises Misuse if that would write over a run or contradict its flags, Fault if its checkpoint is damaged.
-    """
+    """Make the folder of a new run and return None, or load the run there, and its flags. Raises Misuse or Fault."""
     out, path = Path(args.out), Path(args.out) / "checkpoint.pt"
     if not (args.resume or args.sample):
         if (out / "args.json").exists() and not args.overwrite:
@@ -188,100 +225,86 @@ def open_run(args):
         raise Fault(f"{path} is damaged: start again with --overwrite.") from error
     if script != "dcgan":
         raise Misuse(f"{path} is a run of {script}.py: resume it with that, or name another folder with --out.")
-    free = {"epochs", "max_steps", "device", "data_dir", "out", "overwrite", "resume", "sample"}
+    free = {"epochs", "max_steps", "device", "data_dir", "out", "overwrite", "resume", "sample", args.sample and "seed"}
     for name, value in flags.items():
         if name not in args.given:
             setattr(args, name, value)
-        elif getattr(args, name) != value and name not in free and not args.sample:
+        elif getattr(args, name) != value and name not in free:
             raise Misuse(f"--{name.replace('_', '-')} contradicts the run in {out}, which has {value}: leave it out.")
     return run
 
+def build(args):
+    """G and D as the flags say."""
+    shape, init = (args.img_size, args.img_channels, args.hidden_channels), args.init
+    G = Generator(args.latent_dim, *shape, args.kernel_size, args.upsample, args.depth, init)
+    return G, Discriminator(*shape, args.kernel_size, args.depth, args.d_norm, args.dropout, init)
 
 def save_plots(out):
-    """losses.png: the curves of log.csv."""
+    """losses.png: the curves of log.csv, each with its running mean."""
     log = np.atleast_1d(np.genfromtxt(out / "log.csv", delimiter=",", names=True))
     if not log.size:
         return
     window = np.ones(len(log) // 40 + 1) / (len(log) // 40 + 1)
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     panels = figure.subplots(1, 3)
-    columns = [("loss_d", "loss_g"), ("d_real", "d_fake"), ("grad_norm_d", "grad_norm_g")]
-    labels = [("D", "G"), ("D(x), real", "D(G(z)), fake"), ("D", "G")]
-    for panel, pair, names in zip(panels, columns, labels, strict=True):
-        for column, name, colour in zip(pair, names, ("tab:blue", "tab:orange"), strict=True):
-            panel.plot(log["step"], log[column], color=colour, alpha=0.25)
-            smooth = np.convolve(log[column], window, "valid")
-            panel.plot(log["step"][len(window) - 1 :], smooth, color=colour, label=name)
+    curves = [("loss_d", "D"), ("loss_g", "G"), ("d_real", "D(x), real"), ("d_fake", "D(G(z)), fake")]
+    for i, (column, label) in enumerate([*curves, ("grad_norm_d", "D"), ("grad_norm_g", "G")]):
+        panel, colour = panels[i // 2], f"C{i % 2}"
+        panel.plot(log["step"], log[column], colour, alpha=0.25)
+        panel.plot(log["step"][len(window) - 1 :], np.convolve(log[column], window, "valid"), colour, label=label)
         panel.set_xlabel("step (generator updates)")
+        panel.locator_params("x", nbins=5)
         panel.legend()
         panel.grid(alpha=0.3)
-    panels[0].set(title="Loss", ylabel="loss", ylim=(0, None))
+    panels[0].set(title="Loss", ylabel="loss")
     panels[1].set(title="What D thinks: 0.5 is a draw", ylabel="probability of being real", ylim=(0, 1))
     panels[2].set(title="Gradient norm", ylabel="L2 norm of all gradients", yscale="log")
     figure.savefig(out / "losses.png", dpi=100)
 
-
-def save_atomically(path, state):
-    """Write state so that after a crash at any moment path holds either what it held or the new state, whole."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)  # first into memory: only then is a full disk an OSError
-    path.parent.mkdir(exist_ok=True)
-    path.with_suffix(".tmp").write_bytes(buffer.getbuffer())
-    os.replace(path.with_suffix(".tmp"), path)
-
-
-def grad_norm(network):
-    """The L2 norm of all gradients of a network taken together."""
-    return torch.nn.utils.get_total_norm([p.grad for p in network.parameters()]).item()
-
-
 def generate(args):
     """--sample N: N single pictures in generated/, and all of them in generated.png."""
-    run = open_run(args)
-    G = Generator(args.latent_dim, args.img_size, args.img_channels, args.hidden_channels)
-    G.load_state_dict(run["G"])
+    run, folder = open_run(args), Path(args.out) / "generated"
+    G = AveragedModel(build(args)[0]) if args.ema else build(args)[0]
+    G.load_state_dict(run["G_ema" if args.ema else "G"])
     images = sample(G, fixed_noise(args.sample, args.latent_dim, args.seed + 1))  # uint8 (N, C, H, W)
-    folder = Path(args.out) / "generated"
     folder.mkdir(exist_ok=True)
     for i, image in enumerate(images):
         imageio.imwrite(folder / f"{i:05d}.png", image.permute(1, 2, 0).squeeze(2).numpy())
-    imageio.imwrite(folder.with_suffix(".png"), grid(images))
+    imageio.imwrite(f"{folder}.png", grid(images))
     print(f"{len(images)} pictures in {folder}, all of them in {folder}.png")
-
 
 def train(args):
     """Train G and D as the flags say. Everything is written to args.out. Raises Fault."""
     run, out = open_run(args), Path(args.out)
     device, bf16 = pick_device(args)
-    images = load_data(args.dataset, args.data_dir, args.img_size, args.classes, args.background).images.to(device)
+    images = load_data(args.dataset, args.data_dir, args.img_size, args.classes, args.background, device).images
+    if run and len(images) != args.num_images:
+        raise Fault(f"{out} was trained on {args.num_images} pictures, but {len(images)} are there now.")
     args.num_images, args.img_channels, args.img_size, _ = images.shape
-    halvings = next(n for n in range(99) if args.img_size >> n <= 8 or (args.img_size >> n) % 2)
+    halvings = max(1, round(math.log2(args.img_size / 8)))
     args.hidden_channels = args.hidden_channels or [32 * 2**n for n in range(halvings)]
-    if run and run["args"]["num_images"] != args.num_images:
-        raise Fault(f"{out} was trained on {run['args']['num_images']} pictures, but {args.num_images} are there now.")
 
     torch.manual_seed(args.seed)
-    G = Generator(args.latent_dim, args.img_size, args.img_channels, args.hidden_channels)
-    D = Discriminator(args.img_size, args.img_channels, args.hidden_channels)
-    G.to(device, memory_format=torch.channels_last)
-    D.to(device, memory_format=torch.channels_last)
-    opt_g = torch.optim.Adam(G.parameters(), args.lr_g, betas=(0.5, 0.999), fused=True)
-    opt_d = torch.optim.Adam(D.parameters(), args.lr_d, betas=(0.5, 0.999), fused=True)
-    parts = {"G": G, "D": D, "opt_g": opt_g, "opt_d": opt_d}
+    G, D = (network.to(device, memory_format=torch.channels_last) for network in build(args))
+    G_ema = AveragedModel(G, avg_fn=lambda mean, now, n: now.lerp(mean, min(args.ema, (2 + n) / (11 + n))))
+    G_shown = G_ema.module if args.ema else G  # what is sampled
+    opt_g = torch.optim.Adam(G.parameters(), args.lr_g, args.betas, args.adam_eps, fused=True)
+    opt_d = torch.optim.Adam(D.parameters(), args.lr_d, args.betas, args.adam_eps, fused=True)
+    parts = {"G": G, "D": D, "opt_g": opt_g, "opt_d": opt_d} | ({"G_ema": G_ema} if args.ema else {})
     z_fixed = fixed_noise(64, args.latent_dim, args.seed).to(device)
-
-    batch_size = min(args.batch_size, len(images))
-    steps_per_epoch = len(images) // batch_size
+    batch_size = min(args.batch_size, len(images) // args.d_steps)
+    steps_per_epoch = len(images) // (batch_size * args.d_steps)
     last_step = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
-    step, log = 0, ["epoch,step,loss_d,loss_g,d_real,d_fake,grad_norm_d,grad_norm_g,images_per_second"]
+    names = ["loss_d", "loss_g", "d_real", "d_fake", "grad_norm_d", "grad_norm_g", "images_per_second"]
+    first_step, log = 0, [",".join(["epoch", "step", *names])]
     if run:
         for name, part in parts.items():
             part.load_state_dict(run[name])
-        step, z_fixed = run["step"], run["z_fixed"].to(device)
-        torch.manual_seed(args.seed + step)  # an accelerator's random state is not in the checkpoint; the CPU's is
+        first_step, z_fixed = run["step"], run["z_fixed"].to(device)
+        torch.manual_seed(args.seed + first_step)  # for an accelerator, whose random state is not in the checkpoint
         torch.set_rng_state(run["rng"])
         rows = (out / "log.csv").read_text().splitlines()[1:]
-        log += [row for row in rows if int(row.split(",")[1]) <= step]  # a killed run has logged more than it saved
+        log += [row for row in rows if int(row.split(",")[1]) <= first_step]  # a killed run logged more than it saved
     else:
         imageio.imwrite(out / "real.png", grid(images[:: len(images) // 64 or 1][:64].cpu()))
         imageio.imwrite(out / "samples" / "000000.png", grid(sample(G, z_fixed)))
@@ -291,84 +314,98 @@ def train(args):
     flags = {name: value for name, value in vars(args).items() if name != "given"}
     (out / "args.json").write_text(json.dumps(flags | facts, indent=2) + "\n")
     print(f"{len(images):,} pictures {tuple(images.shape[1:])}, parameters {sizes}, {facts['on']}, {out}", flush=True)
+    if args.compile:
+        G.compile(), D.compile()
 
-    stop, started, since = [], (time.time(), step), (time.time(), step)
+    def watch(x):
+        """What D sees of x: with --instance-noise and --diffaugment not quite x."""
+        x = x + args.instance_noise * (1 - step / last_step) * torch.randn_like(x) if args.instance_noise else x
+        return D(diffaugment(x) if args.diffaugment else x)
+
+    step, stop, started, since = first_step, [], time.time(), (time.time(), first_step)
     ctrl_c = signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # finish the step, then save
     try:
-        while step < last_step:
-            epoch, i = divmod(step, steps_per_epoch)
-            if i == 0 or step == started[1]:
-                order = epoch_order(len(images), batch_size, args.seed, epoch).to(device)  # (steps_per_epoch, B)
-            step += 1
+        for step in range(first_step + 1, last_step + 1):
+            epoch, i = divmod(step - 1, steps_per_epoch)
+            if i == 0 or step == first_step + 1:
+                order = epoch_order(len(images), batch_size * args.d_steps, args.seed, epoch)  # (steps, B * d_steps)
+            if args.lr_schedule == "cosine":
+                for optimiser, rate in ((opt_g, args.lr_g), (opt_d, args.lr_d)):
+                    optimiser.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * step / last_step)) / 2
 
             # (1) D step: maximise log D(x) + log(1 - D(G(z)))
             D.requires_grad_(True)
-            x_real = to_batch(images, order[i])
-            z = torch.randn(len(x_real), args.latent_dim, device=device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                x_fake = G(z)
-                logits_real, logits_fake = D(x_real), D(x_fake.detach())
-            loss_d = discriminator_loss(logits_real, logits_fake)
-            opt_d.zero_grad()
-            loss_d.backward()
-            opt_d.step()
+            for index in order[i].split(batch_size):
+                x_real = to_batch(images, index, device).requires_grad_(args.r1 > 0)  # (B, C, H, W)
+                z = torch.randn(batch_size, args.latent_dim, device=device)
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    x_fake = G(z)
+                    logits_real, logits_fake = watch(x_real), watch(x_fake.detach())  # (B,)
+                sign = 1 - 2 * (torch.rand(2, batch_size, device=device) < args.flip_labels).float()  # -1: wrong
+                logits = sign[0] * logits_real, sign[1] * logits_fake
+                loss_d = discriminator_loss(*logits, args.loss, args.label_smoothing)
+                opt_d.zero_grad()
+                (loss_d + args.r1 / 2 * r1_penalty(logits_real, x_real) if args.r1 else loss_d).backward()
+                norm_d = nn.utils.clip_grad_norm_(D.parameters(), args.clip_grad_norm or math.inf)
+                opt_d.step()
 
-            # (2) G step: maximise log D(G(z)) for the same z; D is frozen, or its gradients would be computed in vain
+            # (2) G step: maximise log D(G(z)), first for the same z; D is frozen, its gradients are not wanted
             D.requires_grad_(False)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                logits = D(x_fake)
-            loss_g = generator_loss(logits)
-            opt_g.zero_grad()
-            loss_g.backward()
-            opt_g.step()
+            for again in range(args.g_steps):
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    if again:
+                        x_fake = G(torch.randn(batch_size, args.latent_dim, device=device))
+                    logits = watch(x_fake)
+                loss_g = generator_loss(logits, args.loss)
+                opt_g.zero_grad()
+                loss_g.backward()
+                norm_g = nn.utils.clip_grad_norm_(G.parameters(), args.clip_grad_norm or math.inf)
+                opt_g.step()
+            if args.ema:
+                G_ema.update_parameters(G)  # averages the parameters, copies the buffers
 
             # (3) log, sample, save
-            epoch_ends = i + 1 == steps_per_epoch
-            stopping = step == last_step or bool(stop)
+            epoch_ends, stopping = i + 1 == steps_per_epoch, step == last_step or bool(stop)
             if epoch_ends or stopping or step % args.log_every == 0:
-                now = time.time()
-                row = {"loss_d": loss_d.item(), "loss_g": loss_g.item()}
-                row |= {"d_real": logits_real.sigmoid().mean().item(), "d_fake": logits_fake.sigmoid().mean().item()}
-                row |= {"grad_norm_d": grad_norm(D), "grad_norm_g": grad_norm(G)}
-                row["images_per_second"] = (step - since[1]) * len(x_real) / (now - since[0])
-                for name, value in row.items():
+                now, seen = time.time(), (step - since[1]) * batch_size * args.d_steps
+                row = [loss_d, loss_g, logits_real.sigmoid().mean(), logits_fake.sigmoid().mean(), norm_d, norm_g]
+                row = torch.stack(row).tolist() + [seen / (now - since[0])]
+                for name, value in zip(names, row, strict=True):
                     if not math.isfinite(value):
                         raise Fault(f"{name} is {value} at step {step}; the last checkpoint is kept. Try a lower rate.")
                 if epoch_ends or step % args.log_every == 0:
                     with open(out / "log.csv", "a") as file:
-                        file.write(f"{epoch + 1},{step}," + ",".join(f"{value:.6g}" for value in row.values()) + "\n")
-                since = (now, step)
-                left = (now - started[0]) / (step - started[1]) * (last_step - step)
-                bar = "#" * (20 * step // last_step)
-                line = f"epoch {epoch + 1}/{args.epochs} [{bar:20}] "
-                line += " ".join(f"{name} {row[name]:.3f}" for name in ("loss_d", "loss_g", "d_real", "d_fake"))
-                line += f" {row['images_per_second']:.0f} images/s {left // 60:.0f}:{left % 60:02.0f} left  "
+                        file.write(",".join([f"{epoch + 1},{step}", *(f"{value:.6g}" for value in row)]) + "\n")
+                since, left = (now, step), (now - started) / (step - first_step) * (last_step - step)
+                line = f"epoch {epoch + 1}/{args.epochs} [{'#' * (20 * step // last_step):20}] loss_d {row[0]:.3f} "
+                line += f"loss_g {row[1]:.3f} {row[-1]:.0f} images/s {left // 60:.0f}:{left % 60:02.0f} left "
                 if sys.stdout.isatty() or epoch_ends:
                     print(line, end="\r" if sys.stdout.isatty() else "\n", flush=True)
             early = epoch == 0 and step in [steps_per_epoch >> n for n in range(1, 6)]
             if step % args.sample_every == 0 if args.sample_every else epoch_ends or early:
-                imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G, z_fixed)))
+                imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_shown, z_fixed)))
             if epoch_ends or stopping:
                 state = {name: part.state_dict() for name, part in parts.items()} | {"script": "dcgan", "args": flags}
                 state |= {"step": step, "epoch": epoch + epoch_ends, "z_fixed": z_fixed, "rng": torch.get_rng_state()}
                 save_atomically(out / "checkpoint.pt", state)
                 save_plots(out)
-            if epoch_ends and args.snapshot_every and (epoch + 1) % args.snapshot_every == 0:
-                state = {"script": "dcgan", "epoch": epoch + 1, "args": flags, "G": G.state_dict()}
-                save_atomically(out / "generators" / f"epoch_{epoch + 1:03d}.pt", state)
-            if stopping:
-                break
+                if epoch_ends and args.snapshot_every and (epoch + 1) % args.snapshot_every == 0:
+                    snapshot = {"script": "dcgan", "args": flags, "epoch": epoch + 1, "G": G_shown.state_dict()}
+                    save_atomically(out / "generators" / f"epoch_{epoch + 1:03d}.pt", snapshot)
+                if stopping:
+                    break
     finally:  # at the end, after Ctrl-C, and after a fault
         signal.signal(signal.SIGINT, ctrl_c)
         save_plots(out)
         paths = sorted((out / "samples").glob("*.png"), key=lambda path: int(path.stem))
         frames = [imageio.imread(path) for path in paths + paths[-1:] * 9]  # the last one is held
         imageio.mimsave(out / "samples.gif", frames, duration=200, loop=0)  # milliseconds
+        z = noise_path(fixed_noise(4 * 32, args.latent_dim, args.seed).view(4, 32, -1), args.interpolate).to(device)
+        imageio.mimsave(out / "interpolation.gif", [grid(sample(G_shown, z_t)) for z_t in z], duration=100, loop=0)
     print(f"\nStep {step} of {last_step}. Look at {out / 'samples.gif'} and {out / 'losses.png'}.")
 
-
 def main(argv=None):
-    """Run the script; the exit code is 2 for bad use, 1 for a fault, each told in one sentence."""
+    """Run the script. Returns the exit code: 2 for bad use, 1 for a fault, each told in one sentence."""
     try:
         args = parse_args(argv)
         generate(args) if args.sample else train(args)
@@ -376,7 +413,6 @@ def main(argv=None):
         print(f"dcgan.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, Misuse) else 1
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())

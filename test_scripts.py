@@ -151,7 +151,7 @@ def test_help_names_every_flag_and_what_it_is_for(script, capsys):
         script.parse_args(["--help"])
     assert stop.value.code == 0
     said = capsys.readouterr().out
-    for flag in re.findall(r'add\("(--[a-z0-9-]+)"', (HERE / f"{script.__name__}.py").read_text()):
+    for flag in re.findall(r'^ +[a-z]+\("(--[a-z0-9-]+)"', (HERE / f"{script.__name__}.py").read_text()):
         assert re.search(rf"{flag} .*\n? +\S|{flag}  +\S", said), flag
 
 
@@ -248,11 +248,11 @@ def test_ctrl_c_finishes_the_step_saves_and_can_be_resumed(script, pictures, mon
     run_on_pictures(script, pictures, "whole", "--epochs", 2)
     calls = []
 
-    def interrupt(images, index):
-        calls.append(index)
+    def interrupt(*args):
+        calls.append(args)
         if len(calls) == 4:
             signal.raise_signal(signal.SIGINT)
-        return common.to_batch(images, index)
+        return common.to_batch(*args)
 
     monkeypatch.setattr(script, "to_batch", interrupt)
     before = signal.getsignal(signal.SIGINT)
@@ -410,7 +410,7 @@ def test_dcgan_shapes(size, channels, hidden):
 
 @pytest.mark.parametrize(("size", "hidden"), [(27, [4]), (28, [4, 4, 4]), (8, [])])
 def test_dcgan_refuses_sizes_that_it_cannot_make(size, hidden):
-    with pytest.raises(common.Fault, match="halved"):
+    with pytest.raises(common.Fault, match="multiple"):
         dcgan.Generator(7, size, 1, hidden)
 
 
@@ -521,12 +521,12 @@ def test_digits_show_the_factors_that_they_say():
         return torch.corrcoef(torch.stack([a, b]))[0, 1].item()
 
     centre_x, centre_y = (x.sum(1) @ place) / mass, (x.sum(2) @ place) / mass
-    assert correlation(centre_x, data.factors["shift_x"]) > 0.8
-    assert correlation(centre_y, data.factors["shift_y"]) > 0.8
+    assert correlation(centre_x, data.factors["shift_x"]) > 0.7
+    assert correlation(centre_y, data.factors["shift_y"]) > 0.7
     assert correlation(mass, data.factors["thickness"]) > 0.6
     assert correlation((x > 60).any(2).sum(1).float(), data.factors["scale"]) > 0.6
     lean = ((x * (place - centre_x[:, None])[:, None, :] * (place - centre_y[:, None])[:, :, None]).sum((1, 2))) / mass
-    assert correlation(lean, data.factors["rotation"]) > 0.3
+    assert correlation(lean, data.factors["rotation"]) < -0.3  # clockwise: the top goes right
     assert correlation(lean, data.factors["slant"]) < -0.3
 
 
