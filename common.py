@@ -1,8 +1,6 @@
 """Data loading and fixed-noise sampling for the GAN scripts of this folder, which share nothing else.
 
-A data set is decoded once and kept as one uint8 tensor (N, C, H, W). A batch is an index, a cast and a scale: there is
-no DataLoader, no worker and no per-image Python.
-"""
+A data set is decoded once and kept as one uint8 tensor (N, C, H, W); a batch is an index, a cast and a scale."""
 
 import contextlib
 import gzip
@@ -31,12 +29,10 @@ from torchvision.utils import make_grid
 FONTS = ["DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique", "cmss10", "cmtt10", "cmr10"]
 FONTS += ["DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic", "cmb10", "cmti10"]
 FONTS += ["STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta"]
-MIRRORS = {
-    "mnist": ["https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/"],
-    "fashion": ["http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"]
-    + ["https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/"],
+MIRRORS = {  # behind torchvision's first
+    "mnist": "https://storage.googleapis.com/cvdf-datasets/mnist/",
+    "fashion": "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
 }
-POKEMON = "c5aaa610ff2acdf7fd8e2dccd181bca8be9fcb3e"  # the commit of msikma/pokesprite
 RESIDENT = 2**29  # bytes: a larger folder of pictures is kept in a memory-mapped file, and no larger data on a GPU
 
 class Fault(Exception):
@@ -53,9 +49,8 @@ class Data(NamedTuple):
 def load_data(dataset, data_dir="data", img_size=None, classes=None, background="white", device="cpu"):
     """Read the data set that is a key of DATASETS, whole, onto the device.
 
-    img_size None keeps the size of the data (64 for `folder`), classes keeps only the pictures with these labels, and
-    transparent pictures are laid on background. Raises Misuse or Fault if a flag does not fit the data, there is none,
-    it is damaged, or only one picture is left.
+    img_size None keeps the size of the data (64 for `folder`); classes keeps only these labels; the colour
+    background is put below transparent ones. Raises Misuse if a flag cannot be, Fault if data is missing or damaged.
     """
     try:
         background = ImageColor.getrgb(background)[:3]
@@ -63,7 +58,7 @@ def load_data(dataset, data_dir="data", img_size=None, classes=None, background=
         raise Misuse(f"--background {background} is not a colour: give a name like white, or '#rrggbb'.") from error
     data = DATASETS[dataset](dataset, Path(data_dir), img_size, background)
     if classes and data.labels is None:
-        raise Misuse("--classes needs labels, and there are none: put the pictures of each class in a sub-folder.")
+        raise Misuse("--classes needs labels: put the pictures of each class in a sub-folder.")
     if classes:
         keep = torch.isin(data.labels, torch.tensor(classes)).nonzero().squeeze(1)
         factors = data.factors and {name: values[keep] for name, values in data.factors.items()}
@@ -76,9 +71,10 @@ def load_data(dataset, data_dir="data", img_size=None, classes=None, background=
     return data if data.images.nbytes > RESIDENT else data._replace(images=data.images.to(device))
 
 def epoch_order(n, batch_size, seed, epoch):
-    """The indexes of an epoch, (steps, batch), in a random order that is the same when a run is resumed."""
+    """The indexes of an epoch, (steps, batch_size), in a random order that is the same when a run is resumed."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-    return order[: n // batch_size * batch_size].view(-1, batch_size)
+    order = order.repeat(math.ceil(batch_size / n))  # more than once only if there are too few
+    return order[: len(order) // batch_size * batch_size].view(-1, batch_size)
 
 def to_batch(images, index, device="cpu"):
     """The pictures at index, as floats (B, C, H, W) in [-1, 1] on the device."""
@@ -137,15 +133,11 @@ def render_digits(n, seed):
     without, with_ink = squared.sqrt().clamp(min=0.5)
     distance = without - with_ink  # (fonts * 10, 64, 64)
     half_stroke = distance.flatten(1).amax(1).view(-1, 10).median(1).values  # (fonts,)
-
     rng = torch.Generator().manual_seed(seed)
     labels, font = torch.randint(10, (n,), generator=rng), torch.randint(len(FONTS), (n,), generator=rng)
-    uniform = torch.rand(6, n, generator=rng)
-    low = torch.tensor([-15, -0.3, 0.85, 2.0, -2, -2])[:, None]
-    high = torch.tensor([15, 0.3, 1.10, 4.5, 2, 2])[:, None]
-    rotation, slant, scale, thickness, shift_x, shift_y = low + (high - low) * uniform
+    low, high = torch.tensor([[-15, -0.3, 0.85, 2.0, -2, -2], [15, 0.3, 1.10, 4.5, 2, 2]])[..., None]
+    rotation, slant, scale, thickness, shift_x, shift_y = low + (high - low) * torch.rand(6, n, generator=rng)
     thicker = (thickness - half_stroke[font]).clamp(min=-0.5)  # any thinner, and hairlines would break
-
     # From a place in the picture to its place in the glyph: undo the shift, the rotation, the slant and the scale.
     cos, sin = torch.deg2rad(rotation).cos(), torch.deg2rad(rotation).sin()
     linear = torch.stack([cos - slant * sin, sin + slant * cos, -sin, cos], 1).view(n, 2, 2)
@@ -156,8 +148,8 @@ def render_digits(n, seed):
         where = F.affine_grid(theta[i], (len(i), 1, 28, 28), align_corners=False)
         glyph = distance[font[i] * 10 + labels[i], None]  # (4096, 1, 64, 64)
         inside = F.grid_sample(glyph, where, padding_mode="border", align_corners=False) + thicker[i].view(-1, 1, 1, 1)
-        pixels = inside * scale[i].view(-1, 1, 1, 1) / 2 + 0.5  # one pixel is 2 / scale pixels of the glyph
-        images[i] = (pixels.clamp(0, 1) * 255).byte()
+        inside *= scale[i].view(-1, 1, 1, 1) / 2  # a pixel of the picture is 2 / scale pixels of the glyph
+        images[i] = ((inside + 0.5).clamp(0, 1) * 255).byte()
     factors = {"rotation": rotation, "slant": slant, "scale": scale, "thickness": (half_stroke[font] + thicker) * scale}
     return Data(images, labels, factors | {"shift_x": shift_x, "shift_y": shift_y, "font": font.float()})
 
@@ -182,8 +174,8 @@ def save_atomically(path, content):
     part.write_bytes(content)
     os.replace(part, path)
 
-def download(urls, path, md5=None, places=()):
-    """Fetch the first of urls that answers with the right md5 into path. Raises Fault, which names places too."""
+def download(urls, path, places, md5=None):
+    """Fetch the first of urls that answers with the right md5 into path. Raises Fault, which names the places too."""
     print(f"Downloading {path}", flush=True)
     reasons = []
     for url in urls:
@@ -195,9 +187,8 @@ def download(urls, path, md5=None, places=()):
             reasons.append(f"{url} has the wrong md5")
         except (OSError, ValueError) as error:
             reasons.append(f"{url} failed ({getattr(error, 'reason', error)})")
-    looked = ", ".join(map(str, places or [path.parent]))
-    advice = f"put it into {path.parent}, name its folder with --data-dir, or use --dataset digits, which is built in"
-    raise Fault(f"no {path.name}, packed or not, in {looked}; {'; '.join(reasons)}; {advice}.")
+    reasons.append(f"put it into {path.parent}, name its folder with --data-dir, or use --dataset digits: built in.")
+    raise Fault(f"no {path.name}, packed or not, in {', '.join(map(str, places))}; {'; '.join(reasons)}")
 
 def read_idx(path):
     """The uint8 tensor in an IDX file, raw or .gz, of the shape that its header gives. Raises Fault if damaged."""
@@ -211,14 +202,14 @@ def read_idx(path):
 def load_idx(dataset, data_dir, img_size, background):
     """The 60,000 training images of MNIST or Fashion-MNIST, found on this machine or downloaded."""
     source = {"mnist": MNIST, "fashion": FashionMNIST}[dataset]
-    own = data_dir / source.__name__ / "raw"  # torchvision's layout
-    folders = [own, data_dir / dataset, data_dir, *Path("/usr/share/datasets").glob(f"*{dataset}*")]
+    folders = [data_dir / source.__name__ / "raw", data_dir / dataset, data_dir]  # the first is torchvision's
+    folders += Path("/usr/share/datasets").glob(f"*{dataset}*")
     arrays = []
     for name, md5 in source.resources[:2]:  # train images, train labels
         places = [folder / file for folder in folders for file in (name.removesuffix(".gz"), name)]
-        path = next((place for place in places if place.is_file()), own / name)
+        path = next((place for place in places if place.is_file()), folders[0] / name)
         if not path.exists():
-            download([mirror + name for mirror in MIRRORS[dataset]], path, md5, folders)
+            download([mirror + name for mirror in (source.mirrors[0], MIRRORS[dataset])], path, folders, md5)
         arrays.append(read_idx(path))
     if arrays[0].dim() != 3 or arrays[1].shape != arrays[0].shape[:1]:
         raise Fault(f"{path.parent}: images and labels do not belong together. Delete them; they will be downloaded.")
@@ -236,15 +227,14 @@ def load_cifar10(dataset, data_dir, img_size, background):
         socket.setdefaulttimeout(20)  # torchvision sets none
         source = CIFAR10(data_dir, download=True)
     except (OSError, RuntimeError) as error:
-        by_hand = f"put {CIFAR10.filename} into {data_dir}, or use --dataset digits"
-        raise Fault(f"{CIFAR10.url} cannot be downloaded into {data_dir} ({error}): {by_hand}.") from error
+        raise Fault(f"no {CIFAR10.filename} ({error}): put it into {data_dir}, or use --dataset digits.") from error
     return Data(torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(source.targets))
 
 def load_pokemon(dataset, data_dir, img_size, background):
     """The 1,352 sprites of pokemon-gen8/regular in msikma/pokesprite: 68x56, cut and padded to 64x64."""
-    path = data_dir / f"pokesprite-{POKEMON}.zip"
+    path = data_dir / "pokesprite-c5aaa610ff2acdf7fd8e2dccd181bca8be9fcb3e.zip"  # the name has the commit
     if not path.exists():
-        download([f"https://github.com/msikma/pokesprite/archive/{POKEMON}.zip"], path)
+        download([f"https://github.com/msikma/pokesprite/archive/{path.name.split('-')[1]}"], path, [data_dir])
     try:
         with zipfile.ZipFile(path) as archive:
             names = [n for n in sorted(archive.namelist()) if "/pokemon-gen8/regular/" in n and n.endswith(".png")]
@@ -254,13 +244,12 @@ def load_pokemon(dataset, data_dir, img_size, background):
     return Data(torch.stack(sprites))
 
 def read_picture(file, size, background):
-    """A picture as RGB uint8 (3, size, size): a transparent one padded to a square, any other cropped to its middle.
-
-    Raises Fault that names the picture if it cannot be decoded.
-    """
+    """RGB uint8 (3, size, size): padded if transparent, else cropped to its middle. Raises Fault, naming the file."""
     try:
         with Image.open(file) as picture:
             picture = ImageOps.exif_transpose(picture)
+            if picture.mode.startswith("I;16"):  # convert("RGB") alone would make nearly all of it white
+                picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
             if picture.has_transparency_data:
                 canvas = Image.new("RGBA", picture.size, background)  # convert("RGB") alone shows hidden colours
                 picture = Image.alpha_composite(canvas, picture.convert("RGBA")).convert("RGB")
@@ -276,9 +265,8 @@ def load_folder(dataset, data_dir, img_size, background):
     names = sorted(os.path.join(top, name) for top, _, files in os.walk(folder) for name in files)
     names = [name for name in names if name.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"))]
     if not names:
-        advice = f"no script can download {dataset} any more, so put its pictures there by hand, or "
-        advice = ("" if dataset == "folder" else advice) + "name another --data-dir"
-        raise Fault(f"no png, jpg, webp, gif or bmp below {folder}: {advice}.")
+        by_hand = "put them there by hand (no script can download celeba and lsun any more), or change --data-dir"
+        raise Fault(f"{dataset}: no png, jpg, webp, gif or bmp below {folder}; {by_hand}.")
     tops = [os.path.relpath(name, folder).rpartition(os.sep)[0].split(os.sep)[0] for name in names]
     labels = torch.from_numpy(np.unique(tops, return_inverse=True)[1]) if len(set(tops)) > 1 else None
     if len(names) * 3 * size * size <= RESIDENT:
@@ -289,14 +277,14 @@ def load_folder(dataset, data_dir, img_size, background):
     cache = folder / f"decoded-{key.hexdigest()}.npy"
     if not cache.exists():
         part = f"{cache}.{os.getpid()}"
-        decode(names, size, background, partial(np.lib.format.open_memmap, part, "w+"))
+        decode(names, size, background, partial(np.lib.format.open_memmap, part, mode="w+"))
         os.replace(part, cache)
-    with warnings.catch_warnings(action="ignore"):  # torch warns that it must not be written to
-        return Data(torch.from_numpy(np.load(cache, mmap_mode="r")), labels)
+    warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # and nobody writes to it
+    return Data(torch.from_numpy(np.load(cache, mmap_mode="r")), labels)
 
 def decode(names, size, background, new_array, channels=1):
     """The pictures as uint8 (N, 1, size, size), or (N, 3, size, size) as soon as one of them has a colour."""
-    array, started = new_array((len(names), channels, size, size), dtype=np.uint8), time.time()
+    array, started = new_array(shape=(len(names), channels, size, size), dtype=np.uint8), time.time()
     for i, name in enumerate(names):
         picture = read_picture(name, size, background).numpy()
         if channels == 1 and (picture != picture[:1]).any():
@@ -309,4 +297,4 @@ def decode(names, size, background, new_array, channels=1):
 
 DATASETS = {"digits": load_digits, "mnist": load_idx, "fashion": load_idx, "stacked-mnist": load_stacked}
 DATASETS |= {"cifar10": load_cifar10, "pokemon": load_pokemon}
-DATASETS |= {"celeba": load_folder, "lsun": load_folder, "folder": load_folder}
+DATASETS |= dict.fromkeys(["celeba", "lsun", "folder"], load_folder)

@@ -7,8 +7,11 @@ convolutions: strides in place of pooling, batch norm in both networks, ReLU in 
     D maximises  log D(x) + log(1 - D(G(z)))    loss_d = -mean log D(x) - mean log(1 - D(G(z)))
     G maximises  log D(G(z))                    loss_g = -mean log D(G(z))
 
-    python dcgan.py                                # the built-in digits, no download
+    python dcgan.py                             # the built-in digits, no download
     python dcgan.py --dataset mnist --epochs 20
+The strongest recipe found here: no batch norm in D but R1, two convolutions a resolution, larger steps that fade, EMA.
+    python dcgan.py --dataset mnist --epochs 10 --depth 2 --d-norm none --r1 0.5 --lr-g 1e-3 --lr-d 1e-3 \\
+        --betas 0 0.99 --init default --lr-schedule cosine --ema 0.999
 
 Where this differs from the paper: z is normal, not uniform; batch 64, not 128; the networks are as deep and wide as the
 image size and a laptop allow (the paper: 1024, 512, 256 and 128 channels from 4x4 to 64x64).
@@ -30,17 +33,14 @@ from torch import nn
 from torch.nn.functional import relu, softplus
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim.swa_utils import AveragedModel
-
 from common import DATASETS, Fault, Misuse, epoch_order, fixed_noise, grid, load_data, noise_path, sample
 from common import save_atomically, to_batch
 
 class Generator(nn.Module):
-    """z (B, latent_dim) -> image (B, img_channels, img_size, img_size) in [-1, 1].
+    """z (B, latent_dim) -> image (B, img_channels, img_size, img_size) in [-1, 1]; shapes below are of the defaults.
 
     hidden_channels are listed from the image inwards. Raises Fault if img_size cannot be halved once for each of them.
-    The shapes below are those of the default arguments.
     """
-
     def __init__(self, latent_dim=100, img_size=64, img_channels=3, hidden_channels=(128, 256, 512),
                  kernel_size=4, upsample="transpose", depth=1, init="dcgan"):  # fmt: skip
         super().__init__()
@@ -50,17 +50,16 @@ class Generator(nn.Module):
         *rest, channels = hidden_channels
         self.start = (img_size // factor, img_size // factor, channels)
         self.project = nn.Linear(latent_dim, math.prod(self.start), bias=False)
-        layers = [nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]  # (B, 512, 8, 8)
+        layers = [nn.BatchNorm2d(channels), nn.ReLU(True)]  # (B, 512, 8, 8)
         for width in [*reversed(rest), img_channels]:  # (B, 256, 16, 16), (B, 128, 32, 32), (B, 3, 64, 64)
             for _ in range(depth - 1):
-                layers += [nn.Conv2d(channels, channels, 3, padding=1, bias=False)]
-                layers += [nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
+                layers += [nn.Conv2d(channels, channels, 3, 1, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(True)]
             if upsample == "nearest":
                 layers += [nn.Upsample(scale_factor=2), nn.Conv2d(channels, width, 3, padding=1, bias=False)]
             else:
-                half, odd = (kernel_size - 1) // 2, kernel_size % 2
-                layers += [nn.ConvTranspose2d(channels, width, kernel_size, 2, half, output_padding=odd, bias=False)]
-            layers += [nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+                pad = (kernel_size - 1) // 2, kernel_size % 2  # so that the size doubles
+                layers += [nn.ConvTranspose2d(channels, width, kernel_size, 2, *pad, bias=False)]
+            layers += [nn.BatchNorm2d(width), nn.ReLU(True)]
             channels = width
         self.layers = nn.Sequential(*layers[:-2], nn.Tanh())  # neither batch norm nor ReLU on the image
         if init == "dcgan":
@@ -72,7 +71,6 @@ class Generator(nn.Module):
 
 class Discriminator(nn.Module):
     """image (B, img_channels, img_size, img_size) -> logit (B,): G's mirror image."""
-
     def __init__(self, img_size=64, img_channels=3, hidden_channels=(128, 256, 512),
                  kernel_size=4, depth=1, norm="batch", dropout=0.0, init="dcgan"):  # fmt: skip
         super().__init__()
@@ -82,7 +80,7 @@ class Discriminator(nn.Module):
             convs += [nn.Conv2d(width, width, 3, padding=1, bias=bias) for _ in range(depth - 1)]
             for conv in convs:
                 layers += [conv, nn.BatchNorm2d(width)] if norm == "batch" and layers else [conv]  # not on the first
-                layers += [nn.LeakyReLU(0.2, inplace=True)] + [nn.Dropout(dropout)] * (dropout > 0)
+                layers += [nn.LeakyReLU(0.2, True)] + [nn.Dropout(dropout)] * (dropout > 0)
             channels = width
         self.layers = nn.Sequential(*layers)
         self.classify = nn.Linear((img_size // 2 ** len(hidden_channels)) ** 2 * channels, 1, bias=bias)
@@ -103,8 +101,7 @@ def init_weights(module):
 def discriminator_loss(logits_real, logits_fake, loss="bce", smoothing=0.0):
     """-log D(x) - log(1 - D(G(z))), with -log sigmoid(l) = softplus(-l). Real is 1 - smoothing; or the hinge loss."""
     f = softplus if loss == "bce" else lambda logits: relu(1 + logits)
-    real = (1 - smoothing) * f(-logits_real) + smoothing * f(logits_real)  # (B,)
-    return real.mean() + f(logits_fake).mean()
+    return ((1 - smoothing) * f(-logits_real) + smoothing * f(logits_real)).mean() + f(logits_fake).mean()
 
 def generator_loss(logits_fake, loss="bce"):
     """-log D(G(z)) = softplus(-l). Its gradient is large while D sees through G; that of log(1 - D(G(z))) vanishes."""
@@ -131,12 +128,10 @@ def diffaugment(x):
 
 def number(kind, low, high=math.inf):
     """A type for argparse: an int or a float from low to high."""
-
     def parse(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
-        return kind(text)
-
+        if low <= kind(text) <= high:
+            return kind(text)
+        raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
     return parse
 
 def parse_args(argv=None):
@@ -207,22 +202,17 @@ def pick_device(args):
     return device, args.precision == "bf16" or (args.precision == "auto" and native)
 
 def open_run(args):
-    """Make the folder of a new run and return None, or load the run there, and its flags. Raises Misuse or Fault."""
-    out, path = Path(args.out), Path(args.out) / "checkpoint.pt"
+    """None for a new run; else the checkpoint in args.out, and its flags in args. Raises Misuse or Fault."""
+    path = Path(args.out) / "checkpoint.pt"
     if not (args.resume or args.sample):
-        if (out / "args.json").exists() and not args.overwrite:
-            raise Misuse(f"{out} holds a run: continue it with --resume, replace it with --overwrite, or change --out.")
-        for file in [*out.glob("checkpoint.pt"), *out.glob("samples/*.png"), *out.glob("generators/*.pt")]:
-            file.unlink()
-        (out / "samples").mkdir(parents=True, exist_ok=True)
+        if path.with_name("args.json").exists() and not args.overwrite:
+            raise Misuse(f"{args.out} holds a run: --resume continues it, --overwrite replaces it, --out avoids it.")
         return None
-    if not path.exists():
-        raise Misuse(f"there is no {path}: name the folder of a run with --out.")
     try:
         run = torch.load(path, map_location="cpu", weights_only=True)
         script, flags = run["script"], run["args"]
     except Exception as error:  # torch.load raises many kinds for a file that is not a checkpoint
-        raise Fault(f"{path} is damaged: start again with --overwrite.") from error
+        raise Fault(f"{path} is missing or damaged: name another folder, or start with --overwrite.") from error
     if script != "dcgan":
         raise Misuse(f"{path} is a run of {script}.py: resume it with that, or name another folder with --out.")
     free = {"epochs", "max_steps", "device", "data_dir", "out", "overwrite", "resume", "sample", args.sample and "seed"}
@@ -230,7 +220,7 @@ def open_run(args):
         if name not in args.given:
             setattr(args, name, value)
         elif getattr(args, name) != value and name not in free:
-            raise Misuse(f"--{name.replace('_', '-')} contradicts the run in {out}, which has {value}: leave it out.")
+            raise Misuse(f"--{name.replace('_', '-')} contradicts the run in {args.out}, which has {value}: omit it.")
     return run
 
 def build(args):
@@ -247,15 +237,13 @@ def save_plots(out):
     window = np.ones(len(log) // 40 + 1) / (len(log) // 40 + 1)
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     panels = figure.subplots(1, 3)
-    curves = [("loss_d", "D"), ("loss_g", "G"), ("d_real", "D(x), real"), ("d_fake", "D(G(z)), fake")]
-    for i, (column, label) in enumerate([*curves, ("grad_norm_d", "D"), ("grad_norm_g", "G")]):
-        panel, colour = panels[i // 2], f"C{i % 2}"
+    for i, label in enumerate(["D", "G", "D(x), real", "D(G(z)), fake", "D", "G"]):
+        column, panel, colour = log.dtype.names[i + 2], panels[i // 2], f"C{i % 2}"
         panel.plot(log["step"], log[column], colour, alpha=0.25)
         panel.plot(log["step"][len(window) - 1 :], np.convolve(log[column], window, "valid"), colour, label=label)
         panel.set_xlabel("step (generator updates)")
         panel.locator_params("x", nbins=5)
         panel.legend()
-        panel.grid(alpha=0.3)
     panels[0].set(title="Loss", ylabel="loss")
     panels[1].set(title="What D thinks: 0.5 is a draw", ylabel="probability of being real", ylim=(0, 1))
     panels[2].set(title="Gradient norm", ylabel="L2 norm of all gradients", yscale="log")
@@ -264,9 +252,9 @@ def save_plots(out):
 def generate(args):
     """--sample N: N single pictures in generated/, and all of them in generated.png."""
     run, folder = open_run(args), Path(args.out) / "generated"
-    G = AveragedModel(build(args)[0]) if args.ema else build(args)[0]
-    G.load_state_dict(run["G_ema" if args.ema else "G"])
-    images = sample(G, fixed_noise(args.sample, args.latent_dim, args.seed + 1))  # uint8 (N, C, H, W)
+    G_ema = AveragedModel(build(args)[0])
+    G_ema.load_state_dict(run["G_ema"])
+    images = sample(G_ema, fixed_noise(args.sample, args.latent_dim, args.seed + 1))  # uint8 (N, C, H, W)
     folder.mkdir(exist_ok=True)
     for i, image in enumerate(images):
         imageio.imwrite(folder / f"{i:05d}.png", image.permute(1, 2, 0).squeeze(2).numpy())
@@ -274,64 +262,60 @@ def generate(args):
     print(f"{len(images)} pictures in {folder}, all of them in {folder}.png")
 
 def train(args):
-    """Train G and D as the flags say. Everything is written to args.out. Raises Fault."""
+    """Train G and D as the flags say. Everything is written to args.out. Raises Misuse or Fault."""
     run, out = open_run(args), Path(args.out)
     device, bf16 = pick_device(args)
     images = load_data(args.dataset, args.data_dir, args.img_size, args.classes, args.background, device).images
     if run and len(images) != args.num_images:
         raise Fault(f"{out} was trained on {args.num_images} pictures, but {len(images)} are there now.")
     args.num_images, args.img_channels, args.img_size, _ = images.shape
-    halvings = max(1, round(math.log2(args.img_size / 8)))
-    args.hidden_channels = args.hidden_channels or [32 * 2**n for n in range(halvings)]
-
+    halvings = range(max(1, round(math.log2(args.img_size / 8))))
+    args.hidden_channels = args.hidden_channels or [32 * 2**n for n in halvings]
     torch.manual_seed(args.seed)
     G, D = (network.to(device, memory_format=torch.channels_last) for network in build(args))
     G_ema = AveragedModel(G, avg_fn=lambda mean, now, n: now.lerp(mean, min(args.ema, (2 + n) / (11 + n))))
-    G_shown = G_ema.module if args.ema else G  # what is sampled
     opt_g = torch.optim.Adam(G.parameters(), args.lr_g, args.betas, args.adam_eps, fused=True)
     opt_d = torch.optim.Adam(D.parameters(), args.lr_d, args.betas, args.adam_eps, fused=True)
-    parts = {"G": G, "D": D, "opt_g": opt_g, "opt_d": opt_d} | ({"G_ema": G_ema} if args.ema else {})
+    parts = {"G": G, "D": D, "G_ema": G_ema, "opt_g": opt_g, "opt_d": opt_d}
     z_fixed = fixed_noise(64, args.latent_dim, args.seed).to(device)
-    batch_size = min(args.batch_size, len(images) // args.d_steps)
-    steps_per_epoch = len(images) // (batch_size * args.d_steps)
+    batch_size = min(args.batch_size, len(images))
+    steps_per_epoch = max(1, len(images) // (batch_size * args.d_steps))
     last_step = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
+    flags = {name: value for name, value in vars(args).items() if name != "given"}
+    sizes = {name: sum(p.numel() for p in parts[name].parameters()) for name in ("G", "D")}
+    facts = {"torch": torch.__version__, "on": f"{device}, {'bf16' if bf16 else 'fp32'}", "parameters": sizes}
     names = ["loss_d", "loss_g", "d_real", "d_fake", "grad_norm_d", "grad_norm_g", "images_per_second"]
-    first_step, log = 0, [",".join(["epoch", "step", *names])]
+    step, log = 0, [",".join(["epoch", "step", *names])]
     if run:
         for name, part in parts.items():
             part.load_state_dict(run[name])
-        first_step, z_fixed = run["step"], run["z_fixed"].to(device)
-        torch.manual_seed(args.seed + first_step)  # for an accelerator, whose random state is not in the checkpoint
+        step, z_fixed = run["step"], run["z_fixed"].to(device)
         torch.set_rng_state(run["rng"])
-        rows = (out / "log.csv").read_text().splitlines()[1:]
-        log += [row for row in rows if int(row.split(",")[1]) <= first_step]  # a killed run logged more than it saved
+        log += [row for row in (out / "log.csv").read_text().splitlines()[1:] if int(row.split(",")[1]) <= step]
     else:
+        for file in [*out.glob("checkpoint.pt"), *out.glob("samples/*.png"), *out.glob("generators/*.pt")]:
+            file.unlink()  # of the run that --overwrite replaces
+        (out / "samples").mkdir(parents=True, exist_ok=True)
         imageio.imwrite(out / "real.png", grid(images[:: len(images) // 64 or 1][:64].cpu()))
         imageio.imwrite(out / "samples" / "000000.png", grid(sample(G, z_fixed)))
-    (out / "log.csv").write_text("\n".join(log) + "\n")
-    sizes = {name: sum(p.numel() for p in parts[name].parameters()) for name in ("G", "D")}
-    facts = {"torch": torch.__version__, "on": f"{device}, {'bf16' if bf16 else 'fp32'}", "parameters": sizes}
-    flags = {name: value for name, value in vars(args).items() if name != "given"}
+    (out / "log.csv").write_text("\n".join(log) + "\n")  # without what a killed run logged after its checkpoint
     (out / "args.json").write_text(json.dumps(flags | facts, indent=2) + "\n")
     print(f"{len(images):,} pictures {tuple(images.shape[1:])}, parameters {sizes}, {facts['on']}, {out}", flush=True)
     if args.compile:
         G.compile(), D.compile()
-
-    def watch(x):
-        """What D sees of x: with --instance-noise and --diffaugment not quite x."""
+    def D_seen(x):  # (B, C, H, W) -> (B,)
         x = x + args.instance_noise * (1 - step / last_step) * torch.randn_like(x) if args.instance_noise else x
         return D(diffaugment(x) if args.diffaugment else x)
 
-    step, stop, started, since = first_step, [], time.time(), (time.time(), first_step)
+    first, stop, started, since = step, [], time.time(), (time.time(), step)
     ctrl_c = signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # finish the step, then save
     try:
-        for step in range(first_step + 1, last_step + 1):
+        for step in range(first + 1, last_step + 1):
             epoch, i = divmod(step - 1, steps_per_epoch)
-            if i == 0 or step == first_step + 1:
-                order = epoch_order(len(images), batch_size * args.d_steps, args.seed, epoch)  # (steps, B * d_steps)
-            if args.lr_schedule == "cosine":
-                for optimiser, rate in ((opt_g, args.lr_g), (opt_d, args.lr_d)):
-                    optimiser.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * step / last_step)) / 2
+            if i == 0 or step == first + 1:
+                order = epoch_order(len(images), batch_size * args.d_steps, args.seed, epoch)  # (steps, d_steps * B)
+            fade = (1 + math.cos(math.pi * step / last_step)) / 2 if args.lr_schedule == "cosine" else 1
+            opt_g.param_groups[0]["lr"], opt_d.param_groups[0]["lr"] = args.lr_g * fade, args.lr_d * fade
 
             # (1) D step: maximise log D(x) + log(1 - D(G(z)))
             D.requires_grad_(True)
@@ -340,7 +324,7 @@ def train(args):
                 z = torch.randn(batch_size, args.latent_dim, device=device)
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     x_fake = G(z)
-                    logits_real, logits_fake = watch(x_real), watch(x_fake.detach())  # (B,)
+                    logits_real, logits_fake = D_seen(x_real), D_seen(x_fake.detach())  # (B,)
                 sign = 1 - 2 * (torch.rand(2, batch_size, device=device) < args.flip_labels).float()  # -1: wrong
                 logits = sign[0] * logits_real, sign[1] * logits_fake
                 loss_d = discriminator_loss(*logits, args.loss, args.label_smoothing)
@@ -349,51 +333,49 @@ def train(args):
                 norm_d = nn.utils.clip_grad_norm_(D.parameters(), args.clip_grad_norm or math.inf)
                 opt_d.step()
 
-            # (2) G step: maximise log D(G(z)), first for the same z; D is frozen, its gradients are not wanted
+            # (2) G step: maximise log D(G(z)) for the same z; D is frozen, since its gradients are not needed
             D.requires_grad_(False)
             for again in range(args.g_steps):
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    if again:
-                        x_fake = G(torch.randn(batch_size, args.latent_dim, device=device))
-                    logits = watch(x_fake)
+                    x_fake = G(torch.randn(batch_size, args.latent_dim, device=device)) if again else x_fake
+                    logits = D_seen(x_fake)
                 loss_g = generator_loss(logits, args.loss)
                 opt_g.zero_grad()
                 loss_g.backward()
                 norm_g = nn.utils.clip_grad_norm_(G.parameters(), args.clip_grad_norm or math.inf)
                 opt_g.step()
-            if args.ema:
-                G_ema.update_parameters(G)  # averages the parameters, copies the buffers
+            G_ema.update_parameters(G)  # averages the parameters, copies the buffers; with --ema 0 it is G
 
             # (3) log, sample, save
             epoch_ends, stopping = i + 1 == steps_per_epoch, step == last_step or bool(stop)
             if epoch_ends or stopping or step % args.log_every == 0:
-                now, seen = time.time(), (step - since[1]) * batch_size * args.d_steps
+                now, seen = time.time(), (step - since[1]) * batch_size * args.d_steps  # since the last row
                 row = [loss_d, loss_g, logits_real.sigmoid().mean(), logits_fake.sigmoid().mean(), norm_d, norm_g]
                 row = torch.stack(row).tolist() + [seen / (now - since[0])]
+                since, left = (now, step), (now - started) / (step - first) * (last_step - step)
                 for name, value in zip(names, row, strict=True):
                     if not math.isfinite(value):
                         raise Fault(f"{name} is {value} at step {step}; the last checkpoint is kept. Try a lower rate.")
                 if epoch_ends or step % args.log_every == 0:
                     with open(out / "log.csv", "a") as file:
                         file.write(",".join([f"{epoch + 1},{step}", *(f"{value:.6g}" for value in row)]) + "\n")
-                since, left = (now, step), (now - started) / (step - first_step) * (last_step - step)
-                line = f"epoch {epoch + 1}/{args.epochs} [{'#' * (20 * step // last_step):20}] loss_d {row[0]:.3f} "
+                line = f"epoch {epoch + 1}/{args.epochs} [{'#' * (10 * step // last_step):10}] loss_d {row[0]:.3f} "
                 line += f"loss_g {row[1]:.3f} {row[-1]:.0f} images/s {left // 60:.0f}:{left % 60:02.0f} left "
                 if sys.stdout.isatty() or epoch_ends:
-                    print(line, end="\r" if sys.stdout.isatty() else "\n", flush=True)
+                    print(line, end="\r" if sys.stdout.isatty() and not stopping else "\n", flush=True)
             early = epoch == 0 and step in [steps_per_epoch >> n for n in range(1, 6)]
             if step % args.sample_every == 0 if args.sample_every else epoch_ends or early:
-                imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_shown, z_fixed)))
+                imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed)))
             if epoch_ends or stopping:
                 state = {name: part.state_dict() for name, part in parts.items()} | {"script": "dcgan", "args": flags}
                 state |= {"step": step, "epoch": epoch + epoch_ends, "z_fixed": z_fixed, "rng": torch.get_rng_state()}
                 save_atomically(out / "checkpoint.pt", state)
                 save_plots(out)
-                if epoch_ends and args.snapshot_every and (epoch + 1) % args.snapshot_every == 0:
-                    snapshot = {"script": "dcgan", "args": flags, "epoch": epoch + 1, "G": G_shown.state_dict()}
-                    save_atomically(out / "generators" / f"epoch_{epoch + 1:03d}.pt", snapshot)
-                if stopping:
-                    break
+            if epoch_ends and args.snapshot_every and (epoch + 1) % args.snapshot_every == 0:
+                state = {"script": "dcgan", "args": flags, "epoch": epoch + 1, "G": G_ema.module.state_dict()}
+                save_atomically(out / "generators" / f"epoch_{epoch + 1:03d}.pt", state)
+            if stopping:
+                break
     finally:  # at the end, after Ctrl-C, and after a fault
         signal.signal(signal.SIGINT, ctrl_c)
         save_plots(out)
@@ -401,16 +383,16 @@ def train(args):
         frames = [imageio.imread(path) for path in paths + paths[-1:] * 9]  # the last one is held
         imageio.mimsave(out / "samples.gif", frames, duration=200, loop=0)  # milliseconds
         z = noise_path(fixed_noise(4 * 32, args.latent_dim, args.seed).view(4, 32, -1), args.interpolate).to(device)
-        imageio.mimsave(out / "interpolation.gif", [grid(sample(G_shown, z_t)) for z_t in z], duration=100, loop=0)
-    print(f"\nStep {step} of {last_step}. Look at {out / 'samples.gif'} and {out / 'losses.png'}.")
+        imageio.mimsave(out / "interpolation.gif", [grid(sample(G_ema, z_t)) for z_t in z], duration=100, loop=0)
+    print(f"Step {step} of {last_step}. Look at {out}/samples.gif, interpolation.gif and losses.png.")
 
 def main(argv=None):
     """Run the script. Returns the exit code: 2 for bad use, 1 for a fault, each told in one sentence."""
     try:
         args = parse_args(argv)
         generate(args) if args.sample else train(args)
-    except (Fault, OSError) as error:
-        print(f"dcgan.py: {error}", file=sys.stderr)
+    except (Fault, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        print("dcgan.py:", str(error).splitlines()[0], file=sys.stderr)
         return 2 if isinstance(error, Misuse) else 1
     return 0
 
