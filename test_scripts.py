@@ -9,9 +9,11 @@ import json
 import math
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import imageio.v2 as imageio
@@ -28,8 +30,9 @@ HERE = Path(__file__).parent
 SCRIPTS = ["dcgan"]
 TINY = {"dcgan": ["--hidden-channels", "4", "8", "--latent-dim", "8"]}
 COMMON_FLAGS = ["dataset", "data_dir", "classes", "background", "img_size"]
-COMMON_FLAGS += ["epochs", "max_steps", "batch_size", "seed", "device", "precision", "out", "overwrite", "resume"]
-COMMON_FLAGS += ["sample", "log_every", "sample_every", "snapshot_every", "latent_dim", "lr_g", "lr_d"]
+COMMON_FLAGS += ["epochs", "max_steps", "batch_size", "seed", "device", "precision", "compile", "out", "overwrite"]
+COMMON_FLAGS += ["resume", "sample", "log_every", "sample_every", "snapshot_every", "latent_dim", "lr_g", "lr_d"]
+COMMON_FLAGS += ["betas", "adam_eps", "lr_schedule", "clip_grad_norm", "ema"]
 METRICS = ["epoch", "step", "loss_d", "loss_g", "d_real", "d_fake", "grad_norm_d", "grad_norm_g", "images_per_second"]
 
 
@@ -495,6 +498,298 @@ def test_dcgan_hidden_channels_default_to_the_image_size(digits):
     assert checkpoint("runs/dcgan-digits")["args"]["hidden_channels"] == [32, 64]
 
 
+# dcgan.py: each flag and its effect
+
+
+def kinds(network):
+    return [type(layer).__name__ for layer in network.layers]
+
+
+@pytest.mark.parametrize("kernel_size", [3, 4, 5])
+def test_kernel_size(kernel_size):
+    G = dcgan.Generator(7, 28, 1, [4, 8], kernel_size=kernel_size)
+    D = dcgan.Discriminator(28, 1, [4, 8], kernel_size=kernel_size)
+    strided = [layer for layer in [*G.layers, *D.layers] if getattr(layer, "stride", None) == (2, 2)]
+    assert [layer.kernel_size for layer in strided] == [(kernel_size, kernel_size)] * 4
+    assert D(G(torch.randn(2, 7))).shape == (2,)
+
+
+def test_upsample_nearest():
+    G = dcgan.Generator(7, 28, 1, [4, 8], upsample="nearest")
+    assert kinds(G).count("Upsample") == 2
+    assert "ConvTranspose2d" not in kinds(G)
+    assert {layer.kernel_size for layer in G.layers if isinstance(layer, nn.Conv2d)} == {(3, 3)}
+    assert G(torch.randn(2, 7)).shape == (2, 1, 28, 28)
+
+
+def test_depth_adds_convolutions_at_each_resolution():
+    for depth in (1, 2, 3):
+        G, D = dcgan.Generator(7, 28, 1, [4, 8], depth=depth), dcgan.Discriminator(28, 1, [4, 8], depth=depth)
+        assert (kinds(G).count("Conv2d"), kinds(G).count("ConvTranspose2d")) == (2 * (depth - 1), 2)
+        assert kinds(D).count("Conv2d") == 2 * depth
+        assert kinds(D).count("BatchNorm2d") == 2 * depth - 1
+        assert D(G(torch.randn(2, 7))).shape == (2,)
+
+
+def test_d_norm():
+    assert "BatchNorm2d" not in kinds(dcgan.Discriminator(28, 1, [4, 8], norm="none"))
+    D = dcgan.Discriminator(28, 1, [4, 8], norm="spectral")
+    assert "BatchNorm2d" not in kinds(D)
+    for _ in range(50):
+        D(torch.randn(2, 1, 28, 28))
+    for layer in [*D.layers, D.classify]:
+        if hasattr(layer, "weight"):
+            assert abs(torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item() - 1) < 0.05
+
+
+def test_init():
+    D = dcgan.Discriminator(init="default")
+    assert abs(D.layers[0].weight.std() - 0.02) > 0.02
+    assert (D.layers[3].weight == 1).all()
+
+
+def test_dropout():
+    assert "Dropout" not in kinds(dcgan.Discriminator(28, 1, [4, 8]))
+    D = dcgan.Discriminator(28, 1, [4, 8], norm="none", dropout=0.3)
+    assert [layer.p for layer in D.layers if isinstance(layer, nn.Dropout)] == [0.3, 0.3]
+    x = torch.randn(2, 1, 28, 28)
+    assert not torch.equal(D(x), D(x))
+
+
+def test_hinge_loss_against_hand_computed_numbers():
+    real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.25])
+    assert dcgan.discriminator_loss(real, fake, "hinge").item() == (0 + 0.5) / 2 + (0 + 1.25) / 2
+    assert dcgan.generator_loss(fake, "hinge").item() == (3 - 0.25) / 2
+
+
+def test_label_smoothing_is_one_sided_and_asks_for_less_than_certainty():
+    logits = torch.linspace(-6, 6, 2401)
+    fake = torch.zeros(1)
+    losses = torch.stack([dcgan.discriminator_loss(logit[None], fake, "bce", 0.1) for logit in logits])
+    assert abs(logits[losses.argmin()].sigmoid().item() - 0.9) < 0.01
+    gap = dcgan.discriminator_loss(fake, logits, "bce", 0.1) - dcgan.discriminator_loss(fake, logits, "bce", 0.0)
+    assert abs(gap.item()) < 1e-6  # for fakes nothing changes; at logit 0 real costs ln 2 either way
+
+
+def test_r1_of_a_linear_discriminator_is_the_square_of_its_slope():
+    w = torch.tensor([[1.0, -2.0], [0.5, 3.0]])
+    for batch in (1, 7):
+        x = torch.randn(batch, 1, 2, 2, requires_grad=True)
+        penalty = dcgan.r1_penalty((x.squeeze(1) * w).sum((1, 2)), x)
+        assert abs(penalty.item() - 14.25) < 1e-5
+    (slope,) = torch.autograd.grad(dcgan.r1_penalty((x**2).sum((1, 2, 3)), x), x)
+    assert torch.allclose(slope, 8 * x / 7)  # it can be differentiated again
+
+
+def test_diffaugment_is_random_for_each_picture_and_differentiable():
+    torch.manual_seed(0)
+    x = torch.rand(1, 3, 16, 16).expand(64, 3, 16, 16).clone().requires_grad_()
+    y = dcgan.diffaugment(x)
+    assert y.shape == x.shape
+    assert len({round(value, 5) for value in y.flatten(1).mean(1).tolist()}) == 64
+    holes = (y == 0).all(1).flatten(1).sum(1)
+    assert holes.min() >= 16  # a quarter of the picture, less what falls over its edge
+    assert holes.max() <= 64 + 17
+    y.sum().backward()
+    assert torch.isfinite(x.grad).all()
+    assert (x.grad != 0).any(1).flatten(1).float().mean() > 0.5
+    grey = dcgan.diffaugment(torch.rand(4, 1, 8, 8))
+    assert grey.shape == (4, 1, 8, 8)
+
+
+def watched(monkeypatch):
+    """Record what D is fed, and the logits and losses of each step."""
+    seen = {"x": [], "out": [], "loss_d": [], "loss_g": []}
+    forward, loss_d, loss_g = dcgan.Discriminator.forward, dcgan.discriminator_loss, dcgan.generator_loss
+
+    def record(self, x):
+        seen["x"].append(x.detach().clone())
+        seen["out"].append(forward(self, x))
+        return seen["out"][-1]
+
+    monkeypatch.setattr(dcgan.Discriminator, "forward", record)
+    monkeypatch.setattr(dcgan, "discriminator_loss", lambda *a: seen["loss_d"].append(a) or loss_d(*a))
+    monkeypatch.setattr(dcgan, "generator_loss", lambda *a: seen["loss_g"].append(a) or loss_g(*a))
+    return seen
+
+
+def test_flip_labels(pictures, monkeypatch):
+    seen = watched(monkeypatch)
+    run_on_pictures(dcgan, pictures, "all", "--max-steps", 1, "--flip-labels", 1)
+    assert torch.equal(seen["loss_d"][0][0], -seen["out"][0])
+    assert torch.equal(seen["loss_d"][0][1], -seen["out"][1])
+    run_on_pictures(dcgan, pictures, "none", "--max-steps", 1)
+    assert torch.equal(seen["loss_d"][1][0], seen["out"][3])
+    run_on_pictures(dcgan, pictures, "half", "--epochs", 9, "--flip-labels", 0.5)
+    flipped = torch.cat([a[0] for a in seen["loss_d"][2:]]) != torch.cat(seen["out"][6::3])
+    assert 0.35 < flipped.float().mean() < 0.65
+
+
+def test_instance_noise_is_on_all_that_d_sees_and_falls_to_zero(pictures, monkeypatch):
+    seen = watched(monkeypatch)
+    flags = ["--epochs", 4, "--precision", "fp32"]
+    run_on_pictures(dcgan, pictures, "r", *flags, "--instance-noise", 0.5, "--overwrite")
+    real = common.load_data("folder", pictures, 8).images
+    order = torch.cat([common.epoch_order(24, 8, 0, epoch) for epoch in range(4)])
+    for step in (1, 6, 12):
+        noise = seen["x"][3 * step - 3] - common.to_batch(real, order[step - 1])
+        assert abs(noise.std().item() - 0.5 * (1 - step / 12)) < 0.02
+    assert abs((seen["x"][1] - seen["x"][2]).std().item() - 0.5 * (11 / 12) * 2**0.5) < 0.04  # fresh for the G step
+
+
+def test_diffaugment_is_on_all_that_d_sees(pictures, monkeypatch):
+    calls = []
+    monkeypatch.setattr(dcgan, "diffaugment", lambda x: calls.append(x.requires_grad) or x)
+    run_on_pictures(dcgan, pictures, "r", "--max-steps", 1, "--diffaugment")
+    assert calls == [False, False, True]  # real, fake, and fake with a way back to G
+
+
+def test_d_steps_and_g_steps(pictures, monkeypatch):
+    seen = watched(monkeypatch)
+    run_on_pictures(dcgan, pictures, "r", "--epochs", 1, "--batch-size", 4, "--d-steps", 3, "--g-steps", 2)
+    assert (len(seen["loss_d"]), len(seen["loss_g"])) == (6, 4)  # 24 pictures are 2 steps of 3 x 4
+    assert checkpoint("r")["step"] == 2
+    reals = torch.cat([x for i, x in enumerate(seen["x"]) if i % 8 in (0, 2, 4)])
+    assert len(reals.flatten(1).unique(dim=0)) == 24  # each picture once
+    assert torch.equal(seen["x"][6], seen["x"][5])  # the first G step judges the fakes that D has just seen
+    assert not torch.equal(seen["x"][7], seen["x"][6])  # the second one new ones
+
+
+def test_more_d_steps_than_pictures(pictures):
+    assert run_on_pictures(dcgan, pictures, "r", "--d-steps", 50, "--max-steps", 1) == 0
+
+
+def test_betas_adam_eps_and_schedule_reach_the_optimisers(pictures):
+    flags = ["--betas", 0.1, 0.9, "--adam-eps", 0.01, "--lr-g", 0.004, "--lr-d", 0.002]
+    run_on_pictures(dcgan, pictures, "constant", "--epochs", 2, *flags)
+    run_on_pictures(dcgan, pictures, "cosine", "--epochs", 2, "--lr-schedule", "cosine", "--max-steps", 5, *flags)
+    group = checkpoint("constant")["opt_g"]["param_groups"][0]
+    assert (group["betas"], group["eps"], group["lr"]) == ([0.1, 0.9], 0.01, 0.004)
+    assert checkpoint("constant")["opt_d"]["param_groups"][0]["lr"] == 0.002
+    assert checkpoint("cosine")["opt_g"]["param_groups"][0]["lr"] == pytest.approx(0, abs=1e-9)
+
+
+def change(out, name="G"):
+    """The largest change of a weight from the start, for runs of one seed."""
+    torch.manual_seed(0)
+    networks = dict(zip("GD", dcgan.build(argparse.Namespace(**checkpoint(out)["args"])), strict=True))
+    after = checkpoint(out)[name]
+    return max((after[key] - value).abs().max().item() for key, value in networks[name].named_parameters())
+
+
+def test_clip_grad_norm(pictures):
+    for out, clip in (("free", 1e9), ("clipped", 1e-3)):
+        run_on_pictures(dcgan, pictures, out, "--max-steps", 1, "--adam-eps", 1, "--lr-g", 1, "--clip-grad-norm", clip)
+    assert 0 < change("clipped") < 1.1e-3  # with so large an eps Adam moves by about its rate times the gradient
+    assert change("free") > 10 * change("clipped")
+
+
+def test_ema_averages_weights_with_a_decay_that_ramps_up_and_copies_buffers(pictures):
+    steps = []
+    for n in (1, 2, 3):
+        run_on_pictures(dcgan, pictures, f"r{n}", "--max-steps", n, "--ema", 0.3)
+        steps.append(checkpoint(f"r{n}"))
+    for key in ("project.weight", "layers.2.weight"):
+        mean = steps[0]["G"][key]
+        for step, decay in ((2, 3 / 12), (3, 0.3)):  # (1 + step) / (10 + step), at most 0.3
+            mean = decay * mean + (1 - decay) * steps[step - 1]["G"][key]
+        assert torch.allclose(steps[2]["G_ema"][f"module.{key}"], mean, atol=1e-7)
+        assert not torch.equal(mean, steps[2]["G"][key])
+    assert torch.equal(steps[2]["G_ema"]["module.layers.0.running_mean"], steps[2]["G"]["layers.0.running_mean"])
+    run_on_pictures(dcgan, pictures, "off", "--max-steps", 3)
+    off = checkpoint("off")
+    assert all(torch.equal(off["G_ema"][f"module.{key}"], value) for key, value in off["G"].items())
+
+
+def test_r1_and_label_smoothing_and_loss_reach_the_step(pictures, monkeypatch):
+    seen = watched(monkeypatch)
+    run_on_pictures(dcgan, pictures, "a", "--max-steps", 1, "--loss", "hinge", "--label-smoothing", 0.2)
+    assert seen["loss_d"][0][2:] == ("hinge", 0.2)
+    assert seen["loss_g"][0][1:] == ("hinge",)
+    weights = []
+    monkeypatch.setattr(dcgan, "r1_penalty", lambda logits, x: weights.append(x.shape) or logits.sum() * 0 + 1)
+    run_on_pictures(dcgan, pictures, "b", "--max-steps", 1, "--r1", 5)
+    assert weights == [(8, 3, 8, 8)]
+
+
+def test_r1_flattens_d_at_real_pictures(pictures):
+    slopes = []
+    for weight in (0, 100):
+        out = f"r{weight}"
+        run_on_pictures(dcgan, pictures, out, "--epochs", 20, "--r1", weight, "--d-norm", "none", "--init", "default")
+        D = dcgan.build(argparse.Namespace(**checkpoint(out)["args"]))[1]
+        D.load_state_dict(checkpoint(out)["D"])
+        x = common.to_batch(common.load_data("folder", pictures, 8).images, torch.arange(24)).requires_grad_()
+        slopes.append(dcgan.r1_penalty(D(x), x).item())
+    assert slopes[1] < slopes[0] / 4
+
+
+def test_compile_wraps_both_networks(pictures, monkeypatch):
+    wrapped = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: wrapped.append(type(self).__name__))
+    run_on_pictures(dcgan, pictures, "r", "--max-steps", 1, "--compile")
+    assert wrapped == ["Generator", "Discriminator"]
+
+
+def test_noise_paths_close_and_pass_through_each_z():
+    z = common.fixed_noise(4 * 5, 200, 0).view(4, 5, 200)
+    for kind in ("linear", "slerp", "rotation"):
+        path = common.noise_path(z, kind, frames=6)
+        assert path.shape == (24, 5, 200)
+        for leg in range(4):
+            assert torch.allclose(path[6 * leg], z[leg], atol=1e-4), kind
+        steps = (path.roll(-1, 0) - path).norm(dim=2)
+        assert steps.max() < 3 * steps.min(), kind  # the way back to the first frame is no jump
+    lengths = {kind: common.noise_path(z, kind).norm(dim=2) / 200**0.5 for kind in ("linear", "slerp", "rotation")}
+    assert lengths["linear"].min() < 0.8  # it cuts through the middle
+    assert lengths["slerp"].min() > 0.85
+    assert lengths["rotation"].min() > 0.85
+
+
+def test_interpolation_gif_follows_the_flag(pictures):
+    for kind in ("linear", "slerp"):
+        run_on_pictures(dcgan, pictures, kind, "--max-steps", 1, "--interpolate", kind)
+        assert len(imageio.mimread(f"{kind}/interpolation.gif", memtest=False)) > 20
+    assert Path("linear/interpolation.gif").read_bytes() != Path("slerp/interpolation.gif").read_bytes()
+
+
+def test_dcgan_gives_in_to_a_full_disk_in_one_sentence(pictures, monkeypatch, capsys):
+    run_on_pictures(dcgan, pictures, "r", "--epochs", 1)
+    before = Path("r/checkpoint.pt").read_bytes()
+    capsys.readouterr()
+
+    def write_bytes(self, content):
+        self.touch()
+        raise OSError(28, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    said = refusal(capsys, dcgan.main(["--out", "r", "--resume", "--epochs", "2"]), [1])
+    assert "No space left" in said
+    assert Path("r/checkpoint.pt").read_bytes() == before
+
+
+def test_overwrite_keeps_the_old_run_until_the_new_one_can_start(pictures, capsys):
+    run_on_pictures(dcgan, pictures, "r", "--epochs", 1)
+    assert run_on_pictures(dcgan, pictures, "r", "--overwrite", "--classes", 3) == 2
+    assert run_on_pictures(dcgan, pictures, "r", "--overwrite", "--img-size", 9) == 1
+    assert checkpoint("r")["step"] == 3
+    assert Path("r/samples/000003.png").exists()
+
+
+def test_kill_9_leaves_a_checkpoint_that_resumes(pictures):
+    flags = ["--dataset", "folder", "--data-dir", pictures, "--img-size", "8", "--batch-size", "8", "--epochs", "500"]
+    command = [sys.executable, str(HERE / "dcgan.py"), *TINY["dcgan"], *flags, "--out", "r"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    lines = [process.stdout.readline() for _ in range(4)]  # one line of facts, then one an epoch
+    process.kill()
+    process.wait()
+    assert "epoch 3/500" in lines[3]
+    step = checkpoint("r")["step"]
+    assert step >= 6
+    assert dcgan.main(["--out", "r", "--resume", "--epochs", str(step // 3 + 1)]) == 0
+    assert checkpoint("r")["step"] == step // 3 * 3 + 3
+
+
 # common.py
 
 
@@ -625,7 +920,14 @@ def test_without_data_and_network_the_message_says_what_to_do(tmp_path, monkeypa
     monkeypatch.setattr(common.urllib.request, "urlopen", urlopen)
     monkeypatch.setattr(common.Path, "glob", lambda *_: [])
     said = refusal(capsys, run(dcgan, "--dataset", dataset, "--data-dir", tmp_path), [1])
-    for words in (str(tmp_path), "--data-dir", "--dataset digits", "no network", common.MIRRORS[dataset], "amazonaws.com"):
+    for words in (
+        str(tmp_path),
+        "--data-dir",
+        "--dataset digits",
+        "no network",
+        common.MIRRORS[dataset],
+        "amazonaws.com",
+    ):
         assert words in said
 
 
@@ -692,6 +994,103 @@ def test_folder_names_a_damaged_picture(tmp_path, capsys):
     (tmp_path / "p" / "broken.png").write_bytes(good[: len(good) // 2])
     said = refusal(capsys, run(dcgan, "--dataset", "folder", "--data-dir", tmp_path / "p"), [1])
     assert "broken.png" in said
+
+
+def test_sixteen_bit_and_rotated_pictures(tmp_path):
+    Image.fromarray(np.full((8, 8), 32768, np.uint16)).save(tmp_path / "deep.png")
+    photo = Image.new("RGB", (8, 8))
+    photo.paste((255, 255, 255), (0, 0, 8, 4))  # white above
+    exif = photo.getexif()
+    exif[0x0112] = 3  # the camera was upside down
+    photo.save(tmp_path / "photo.png", exif=exif)
+    deep, turned = common.load_data("folder", tmp_path, img_size=8).images
+    assert (deep == 128).all()
+    assert (turned[0, :4] == 0).all()
+
+
+def test_a_memory_mapped_run_equals_a_resident_one(pictures, monkeypatch, tmp_path):
+    shutil.copytree(pictures, "copy")
+    run_on_pictures(dcgan, "copy", "resident", "--epochs", 2)
+    monkeypatch.setattr(common, "RESIDENT", 0)
+    run_on_pictures(dcgan, "copy", "mapped", "--epochs", 2)
+    same_run("resident", "mapped")
+    (cache,) = Path("copy").glob("decoded-*")
+    monkeypatch.setattr(common, "decode", None)  # the second time nothing is decoded
+    assert common.load_data("folder", "copy", 8).images.shape == (24, 3, 8, 8)
+
+
+def test_the_decoded_file_is_keyed_by_what_went_in_and_whole_or_not_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "RESIDENT", 0)
+    for i in range(3):
+        Image.new("L", (8, 8), 80 * i).save(tmp_path / f"{i}.png")
+    assert common.load_data("folder", tmp_path, 8).images.shape == (3, 1, 8, 8)
+    common.load_data("folder", tmp_path, 4)
+    Image.new("RGB", (8, 8), (9, 0, 0)).save(tmp_path / "3.png")
+    assert common.load_data("folder", tmp_path, 8).images.shape == (4, 3, 8, 8)
+    assert len(list(tmp_path.glob("decoded-*.npy"))) == 3
+    (tmp_path / "4.png").write_bytes(b"damaged")
+    with pytest.raises(common.Fault, match="4.png"):
+        common.load_data("folder", tmp_path, 8)
+    assert len(list(tmp_path.glob("decoded-*.npy"))) == 3
+
+
+@pytest.mark.parametrize("dataset", ["celeba", "lsun"])
+def test_celeba_and_lsun_say_where_to_put_the_pictures_and_read_them(tmp_path, capsys, dataset):
+    flags = ["--dataset", dataset, "--data-dir", tmp_path / "d", "--img-size", 8, "--max-steps", 1]
+    said = refusal(capsys, run(dcgan, *flags), [1])
+    assert f"d/{dataset}" in said
+    mixed_pictures(tmp_path / "d" / dataset)
+    assert run(dcgan, *flags, "--out", "r") == 0
+
+
+def test_stacked_mnist(tmp_path):
+    x, y = np.stack([np.full((28, 28), 20 * n) for n in range(10)]), np.arange(10)
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(idx(x))
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(y))
+    data = common.load_data("stacked-mnist", tmp_path)
+    assert data.images.shape == (128_000, 3, 28, 28)
+    digits = data.images[:, :, 0, 0].long() // 20
+    assert torch.equal(data.labels, digits[:, 0] * 100 + digits[:, 1] * 10 + digits[:, 2])
+    assert len(data.labels.unique()) == 1000
+    assert torch.equal(data.labels, common.load_data("stacked-mnist", tmp_path).labels)
+
+
+def test_pokemon_reads_regular_sprites_on_the_background(tmp_path, capsys):
+    with zipfile.ZipFile(tmp_path / "pokesprite-c5aaa610ff2acdf7fd8e2dccd181bca8be9fcb3e.zip", "w") as archive:
+        for name in ("regular/a", "regular/female/b", "shiny/c"):
+            sprite = Image.new("RGBA", (68, 56), (255, 0, 0, 0))
+            sprite.putpixel((34, 28), (0, 0, 0, 255))
+            with archive.open(f"pokesprite-x/pokemon-gen8/{name}.png", "w") as file:
+                sprite.save(file, "png")
+    images = common.load_data("pokemon", tmp_path, background="#00ff00").images
+    assert images.shape == (2, 3, 64, 64)
+    black = (images[0] == 0).all(0)
+    assert black.nonzero().tolist() == [[32, 32]]  # pixel by pixel, without a blur
+    assert (images[0][:, ~black] == torch.tensor([[0], [255], [0]])).all()
+    (path,) = tmp_path.glob("*.zip")
+    path.write_bytes(path.read_bytes()[:100])
+    assert "pokesprite" in refusal(capsys, run(dcgan, "--dataset", "pokemon", "--data-dir", tmp_path), [1])
+
+
+def test_cifar10(tmp_path, monkeypatch, capsys):
+    class Cifar:
+        filename = "cifar-10-python.tar.gz"
+        data = np.arange(2 * 32 * 32 * 3).reshape(2, 32, 32, 3).astype(np.uint8)
+        targets = [3, 9]
+
+        def __init__(self, root, download):
+            if self.data is None:
+                raise RuntimeError("no network")
+
+    monkeypatch.setattr(common, "CIFAR10", Cifar)
+    data = common.load_data("cifar10", tmp_path)
+    assert data.images.shape == (2, 3, 32, 32)
+    assert data.images[0, :, 0, 0].tolist() == [0, 1, 2]
+    assert data.labels.tolist() == [3, 9]
+    Cifar.data = None
+    said = refusal(capsys, run(dcgan, "--dataset", "cifar10", "--data-dir", tmp_path), [1])
+    assert "no network" in said
+    assert "--dataset digits" in said
 
 
 def test_one_picture_is_too_few(tmp_path, capsys):
