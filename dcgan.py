@@ -1,7 +1,7 @@
-"""DCGAN, the convolutional GAN of Radford, Metz and Chintala 2015, arXiv 1511.06434.
+r"""DCGAN, the convolutional GAN of Radford, Metz and Chintala 2015, arXiv 1511.06434.
 
-A generator G turns noise z into a picture; a discriminator D says how likely a picture is to be real. They are trained
-against each other until D can no longer tell G(z) from the data x. DCGAN is the recipe that made this work with
+A generator G turns noise z into a picture; a discriminator D says how likely a picture is to be real. Each is trained
+against the other: ideally until D can no longer tell G(z) from the data x. DCGAN is the recipe that made this work with
 convolutions: strides in place of pooling, batch norm in both networks, ReLU in G, LeakyReLU in D, Adam with beta1 0.5.
 
     D maximises  log D(x) + log(1 - D(G(z)))    loss_d = -mean log D(x) - mean log(1 - D(G(z)))
@@ -10,11 +10,11 @@ convolutions: strides in place of pooling, batch norm in both networks, ReLU in 
     python dcgan.py                             # the built-in digits, no download
     python dcgan.py --dataset mnist --epochs 20
 The strongest recipe found here: no batch norm in D but R1, two convolutions a resolution, larger steps that fade, EMA.
-    python dcgan.py --dataset mnist --epochs 10 --depth 2 --d-norm none --r1 0.5 --lr-g 1e-3 --lr-d 1e-3 \\
+    python dcgan.py --dataset mnist --epochs 10 --depth 2 --d-norm none --r1 0.5 --lr-g 1e-3 --lr-d 1e-3 \
         --betas 0 0.99 --init default --lr-schedule cosine --ema 0.999
 
-Where this differs from the paper: z is normal, not uniform; batch 64, not 128; the networks are as deep and wide as the
-image size and a laptop allow (the paper: 1024, 512, 256 and 128 channels from 4x4 to 64x64).
+Where this differs from the paper: z is normal, not uniform; batch 64, not 128; kernels 4x4; the networks are as deep
+and wide as the image size and a laptop allow (the paper: 1024, 512, 256 and 128 channels, from 4x4 up).
 """
 
 import argparse
@@ -70,7 +70,7 @@ class Generator(nn.Module):
         return self.layers(x.permute(0, 3, 1, 2))  # channels last in memory, as the convolutions want them
 
 class Discriminator(nn.Module):
-    """image (B, img_channels, img_size, img_size) -> logit (B,): G's mirror image."""
+    """image (B, img_channels, img_size, img_size) -> logit l (B,) of D(x) = sigmoid(l): G's mirror image."""
     def __init__(self, img_size=64, img_channels=3, hidden_channels=(128, 256, 512),
                  kernel_size=4, depth=1, norm="batch", dropout=0.0, init="dcgan"):  # fmt: skip
         super().__init__()
@@ -94,12 +94,12 @@ class Discriminator(nn.Module):
         return self.classify(x).squeeze(1).float()  # (B,)
 
 def init_weights(module):
-    """The paper's: N(0, 0.02) for every weight, N(1, 0.02) for the scale of batch norm."""
+    """Weights with the paper's standard deviation of 0.02, about 0, or about 1 for the scale of batch norm."""
     if hasattr(module, "weight"):
         nn.init.normal_(module.weight, float(isinstance(module, nn.BatchNorm2d)), 0.02)
 
 def discriminator_loss(logits_real, logits_fake, loss="bce", smoothing=0.0):
-    """-log D(x) - log(1 - D(G(z))), with -log sigmoid(l) = softplus(-l). Real is 1 - smoothing; or the hinge loss."""
+    """-log D(x) - log(1 - D(G(z))): -log sigmoid(l) = softplus(-l), -log(1 - sigmoid(l)) = softplus(l); or hinge."""
     f = softplus if loss == "bce" else lambda logits: relu(1 + logits)
     return ((1 - smoothing) * f(-logits_real) + smoothing * f(logits_real)).mean() + f(logits_fake).mean()
 
@@ -108,21 +108,21 @@ def generator_loss(logits_fake, loss="bce"):
     return softplus(-logits_fake).mean() if loss == "bce" else -logits_fake.mean()
 
 def r1_penalty(logits_real, x_real):
-    """mean |grad_x D(x)|^2 over real pictures: D may not be steep where the data is (Mescheder 2018, 1801.04406)."""
+    """mean |grad_x l(x)|^2: no steep D where the data is (1801.04406). Batch norm in D would mix the pictures."""
     (gradient,) = torch.autograd.grad(logits_real.sum(), x_real, create_graph=True)  # (B, C, H, W)
     return gradient.square().flatten(1).sum(1).mean()
 
 def diffaugment(x):
     """Colour, translation and cutout, random for each picture, differentiable (Zhao et al. 2020, 2006.10738)."""
     b, _, h, w = x.shape
-    r = torch.rand(7, b, 1, 1, 1, device=x.device)
-    x = x + r[0] - 0.5  # brightness
-    x = torch.lerp(x.mean(1, keepdim=True), x, 2 * r[1])  # saturation
-    x = torch.lerp(x.mean((1, 2, 3), keepdim=True), x, r[2] + 0.5)  # contrast
+    light, colour, contrast, top, left, down, right = torch.rand(7, b, 1, 1, 1, device=x.device)  # (B, 1, 1, 1) each
+    x = x + light - 0.5
+    x = torch.lerp(x.mean(1, keepdim=True), x, 2 * colour)
+    x = torch.lerp(x.mean((1, 2, 3), keepdim=True), x, contrast + 0.5)
     row, column = torch.arange(h, device=x.device).view(h, 1), torch.arange(w, device=x.device)
-    hole = ((row - h * r[3]).abs() < h / 4) & ((column - w * r[4]).abs() < w / 4)  # (B, 1, H, W)
-    row = (row + ((r[5] - 0.5) * h / 4).round().long()).clamp(0, h - 1)[:, 0]  # (B, H, 1), up to 1/8 away
-    column = (column + ((r[6] - 0.5) * w / 4).round().long()).clamp(0, w - 1)[:, 0]  # (B, 1, W)
+    hole = ((row - h * top).abs() < h / 4) & ((column - w * left).abs() < w / 4)  # (B, 1, H, W), half as wide
+    row = (row + ((down - 0.5) * h / 4).round().long()).clamp(0, h - 1).squeeze(1)  # (B, H, 1), from up to 1/8 away
+    column = (column + ((right - 0.5) * w / 4).round().long()).clamp(0, w - 1).squeeze(1)  # (B, 1, W)
     x = x.permute(0, 2, 3, 1)[torch.arange(b).view(b, 1, 1), row, column]  # (B, H, W, C)
     return x.permute(0, 3, 1, 2).masked_fill(hole, 0)
 
@@ -140,9 +140,9 @@ def parse_args(argv=None):
     count, share, amount = number(int, 1), number(float, 0, 1), number(float, 0)
     groups = ("run", "data", "model", "optimiser", "tricks")
     run, data, model, adam, trick = (parser.add_argument_group(group).add_argument for group in groups)
-    run("--epochs", type=count, default=10, help="passes over the data, in all (%(default)s)")
+    run("--epochs", type=count, help="passes over the data, in all (10, or more: as many as make 9,000 steps)")
     run("--max-steps", type=count, help="stop after so many generator updates, if that comes first")
-    run("--batch-size", type=count, default=64, help="pictures a step (%(default)s)")
+    run("--batch-size", type=count, default=64, help="pictures in a batch (%(default)s)")
     run("--seed", type=number(int, 0, 2**31), default=0, help="of the weights, the noise and the order (%(default)s)")
     run("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
     run("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where the hardware has it")
@@ -161,7 +161,7 @@ def parse_args(argv=None):
     data("--background", default="white", help="what transparent pictures are laid on (%(default)s)")
     data("--img-size", type=count, help="resize the pictures to this (the size of the data; 64 for folder)")
     model("--latent-dim", type=count, default=100, help="how many numbers z has (%(default)s)")
-    model("--hidden-channels", type=count, nargs="+", help="from the image inwards (32 64 ..., until 8x8 or smaller)")
+    model("--hidden-channels", type=count, nargs="+", help="from the image inwards (32 64 ..., until about 8x8)")
     model("--kernel-size", type=int, choices=[3, 4, 5], default=4, help="of the strided convolutions (%(default)s)")
     model("--upsample", choices=["transpose", "nearest"], default="transpose", help="nearest: then a 3x3 convolution")
     model("--depth", type=count, default=1, help="convolutions at each resolution, the extra ones 3x3 (%(default)s)")
@@ -177,7 +177,7 @@ def parse_args(argv=None):
     adam("--d-steps", type=count, default=1, help="D updates a step (%(default)s)")
     adam("--g-steps", type=count, default=1, help="G updates a step (%(default)s)")
     trick("--loss", choices=["bce", "hinge"], default="bce", help="hinge: Geometric GAN, 1705.02894 (%(default)s)")
-    trick("--r1", type=amount, default=0, help="weight of R1 / 2, the squared gradient of D at real pictures (off)")
+    trick("--r1", type=amount, default=0, help="R1: this / 2 x the squared gradient of D at real pictures (off)")
     trick("--label-smoothing", type=share, default=0, help="real means 1 - this, to D: Salimans 2016, 1606.03498 (off)")
     trick("--flip-labels", type=share, default=0, help="tell D the wrong label for this share of pictures (off)")
     trick("--instance-noise", type=amount, default=0, help="noise on all that D sees, falling to 0: 1610.04490 (off)")
@@ -195,7 +195,7 @@ def pick_device(args):
         best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         device = torch.zeros(1, device=best if args.device == "auto" else args.device).device
     except (RuntimeError, AssertionError) as error:
-        raise Misuse(f"--device {args.device} cannot be used here: {str(error).splitlines()[0]}") from error
+        raise Misuse(f"--device {args.device} cannot be used here: {str(error).partition('.')[0]}.") from error
     has = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     native = native or any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
@@ -217,7 +217,7 @@ def open_run(args):
         raise Misuse(f"{path} is a run of {script}.py: resume it with that, or name another folder with --out.")
     free = {"epochs", "max_steps", "device", "data_dir", "out", "overwrite", "resume", "sample", args.sample and "seed"}
     for name, value in flags.items():
-        if name not in args.given:
+        if name not in [*args.given, "max_steps"]:
             setattr(args, name, value)
         elif getattr(args, name) != value and name not in free:
             raise Misuse(f"--{name.replace('_', '-')} contradicts the run in {args.out}, which has {value}: omit it.")
@@ -269,17 +269,19 @@ def train(args):
     if run and len(images) != args.num_images:
         raise Fault(f"{out} was trained on {args.num_images} pictures, but {len(images)} are there now.")
     args.num_images, args.img_channels, args.img_size, _ = images.shape
-    halvings = range(max(1, round(math.log2(args.img_size / 8))))
-    args.hidden_channels = args.hidden_channels or [32 * 2**n for n in halvings]
+    args.hidden_channels = args.hidden_channels or [32 << n for n in range(max(1, round(math.log2(args.img_size / 8))))]
     torch.manual_seed(args.seed)
     G, D = (network.to(device, memory_format=torch.channels_last) for network in build(args))
-    G_ema = AveragedModel(G, avg_fn=lambda mean, now, n: now.lerp(mean, min(args.ema, (2 + n) / (11 + n))))
+    G_ema = AveragedModel(G, avg_fn=lambda mean, now, _: now.lerp(mean, min(args.ema, (1 + step) / (10 + step))))
     opt_g = torch.optim.Adam(G.parameters(), args.lr_g, args.betas, args.adam_eps, fused=True)
     opt_d = torch.optim.Adam(D.parameters(), args.lr_d, args.betas, args.adam_eps, fused=True)
     parts = {"G": G, "D": D, "G_ema": G_ema, "opt_g": opt_g, "opt_d": opt_d}
+    if args.compile:
+        G.compile(), D.compile()
     z_fixed = fixed_noise(64, args.latent_dim, args.seed).to(device)
     batch_size = min(args.batch_size, len(images))
     steps_per_epoch = max(1, len(images) // (batch_size * args.d_steps))
+    args.epochs = args.epochs or max(10, math.ceil(9000 / steps_per_epoch))
     last_step = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
     flags = {name: value for name, value in vars(args).items() if name != "given"}
     sizes = {name: sum(p.numel() for p in parts[name].parameters()) for name in ("G", "D")}
@@ -301,12 +303,10 @@ def train(args):
     (out / "log.csv").write_text("\n".join(log) + "\n")  # without what a killed run logged after its checkpoint
     (out / "args.json").write_text(json.dumps(flags | facts, indent=2) + "\n")
     print(f"{len(images):,} pictures {tuple(images.shape[1:])}, parameters {sizes}, {facts['on']}, {out}", flush=True)
-    if args.compile:
-        G.compile(), D.compile()
+
     def D_seen(x):  # (B, C, H, W) -> (B,)
         x = x + args.instance_noise * (1 - step / last_step) * torch.randn_like(x) if args.instance_noise else x
         return D(diffaugment(x) if args.diffaugment else x)
-
     first, stop, started, since = step, [], time.time(), (time.time(), step)
     ctrl_c = signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # finish the step, then save
     try:
@@ -314,7 +314,7 @@ def train(args):
             epoch, i = divmod(step - 1, steps_per_epoch)
             if i == 0 or step == first + 1:
                 order = epoch_order(len(images), batch_size * args.d_steps, args.seed, epoch)  # (steps, d_steps * B)
-            fade = (1 + math.cos(math.pi * step / last_step)) / 2 if args.lr_schedule == "cosine" else 1
+            fade = (1 + math.cos(math.pi * (step - 1) / last_step)) / 2 if args.lr_schedule == "cosine" else 1
             opt_g.param_groups[0]["lr"], opt_d.param_groups[0]["lr"] = args.lr_g * fade, args.lr_d * fade
 
             # (1) D step: maximise log D(x) + log(1 - D(G(z)))
@@ -323,8 +323,8 @@ def train(args):
                 x_real = to_batch(images, index, device).requires_grad_(args.r1 > 0)  # (B, C, H, W)
                 z = torch.randn(batch_size, args.latent_dim, device=device)
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    x_fake = G(z)
-                    logits_real, logits_fake = D_seen(x_real), D_seen(x_fake.detach())  # (B,)
+                    x_fake = G(z)  # kept: the G step goes back through it
+                    logits_real, logits_fake = D_seen(x_real), D_seen(x_fake.detach())  # detached: not so the D step
                 sign = 1 - 2 * (torch.rand(2, batch_size, device=device) < args.flip_labels).float()  # -1: wrong
                 logits = sign[0] * logits_real, sign[1] * logits_fake
                 loss_d = discriminator_loss(*logits, args.loss, args.label_smoothing)
@@ -333,7 +333,7 @@ def train(args):
                 norm_d = nn.utils.clip_grad_norm_(D.parameters(), args.clip_grad_norm or math.inf)
                 opt_d.step()
 
-            # (2) G step: maximise log D(G(z)) for the same z; D is frozen, since its gradients are not needed
+            # (2) G step: maximise log D(G(z)) for the same z; the gradient passes through D, whose weights are frozen
             D.requires_grad_(False)
             for again in range(args.g_steps):
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -364,7 +364,7 @@ def train(args):
                 if sys.stdout.isatty() or epoch_ends:
                     print(line, end="\r" if sys.stdout.isatty() and not stopping else "\n", flush=True)
             early = epoch == 0 and step in [steps_per_epoch >> n for n in range(1, 6)]
-            if step % args.sample_every == 0 if args.sample_every else epoch_ends or early:
+            if (step % args.sample_every == 0) if args.sample_every else (epoch_ends or early):
                 imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed)))
             if epoch_ends or stopping:
                 state = {name: part.state_dict() for name, part in parts.items()} | {"script": "dcgan", "args": flags}
@@ -379,8 +379,8 @@ def train(args):
     finally:  # at the end, after Ctrl-C, and after a fault
         signal.signal(signal.SIGINT, ctrl_c)
         save_plots(out)
-        paths = sorted((out / "samples").glob("*.png"), key=lambda path: int(path.stem))
-        frames = [imageio.imread(path) for path in paths + paths[-1:] * 9]  # the last one is held
+        paths = sorted(out.glob("samples/*.png"), key=lambda path: int(path.stem))
+        frames = [imageio.imread(path) for path in paths[:: len(paths) // 60 + 1] + paths[-1:] * 10]  # the last is held
         imageio.mimsave(out / "samples.gif", frames, duration=200, loop=0)  # milliseconds
         z = noise_path(fixed_noise(4 * 32, args.latent_dim, args.seed).view(4, 32, -1), args.interpolate).to(device)
         imageio.mimsave(out / "interpolation.gif", [grid(sample(G_ema, z_t)) for z_t in z], duration=100, loop=0)
@@ -392,7 +392,7 @@ def main(argv=None):
         args = parse_args(argv)
         generate(args) if args.sample else train(args)
     except (Fault, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        print("dcgan.py:", str(error).splitlines()[0], file=sys.stderr)
+        print("dcgan.py:", str(error).partition("\n")[0] or "not enough memory", file=sys.stderr)
         return 2 if isinstance(error, Misuse) else 1
     return 0
 
