@@ -284,8 +284,8 @@ def train(args):
     args.epochs = args.epochs or max(10, math.ceil(9000 / steps_per_epoch))
     last_step = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
     flags = {name: value for name, value in vars(args).items() if name != "given"}
-    sizes = {name: sum(p.numel() for p in parts[name].parameters()) for name in ("G", "D")}
-    facts = {"torch": torch.__version__, "on": f"{device}, {'bf16' if bf16 else 'fp32'}", "parameters": sizes}
+    facts = {"torch": torch.__version__, "on": f"{device}, {'bf16' if bf16 else 'fp32'}"}
+    facts["parameters"] = sizes = {name: sum(p.numel() for p in parts[name].parameters()) for name in ("G", "D")}
     names = ["loss_d", "loss_g", "d_real", "d_fake", "grad_norm_d", "grad_norm_g", "images_per_second"]
     step, log = 0, [",".join(["epoch", "step", *names])]
     if run:
@@ -303,7 +303,6 @@ def train(args):
     (out / "log.csv").write_text("\n".join(log) + "\n")  # without what a killed run logged after its checkpoint
     (out / "args.json").write_text(json.dumps(flags | facts, indent=2) + "\n")
     print(f"{len(images):,} pictures {tuple(images.shape[1:])}, parameters {sizes}, {facts['on']}, {out}", flush=True)
-
     def D_seen(x):  # (B, C, H, W) -> (B,)
         x = x + args.instance_noise * (1 - step / last_step) * torch.randn_like(x) if args.instance_noise else x
         return D(diffaugment(x) if args.diffaugment else x)
@@ -363,8 +362,8 @@ def train(args):
                 line += f"loss_g {row[1]:.3f} {row[-1]:.0f} images/s {left // 60:.0f}:{left % 60:02.0f} left "
                 if sys.stdout.isatty() or epoch_ends:
                     print(line, end="\r" if sys.stdout.isatty() and not stopping else "\n", flush=True)
-            early = epoch == 0 and step in [steps_per_epoch >> n for n in range(1, 6)]
-            if (step % args.sample_every == 0) if args.sample_every else (epoch_ends or early):
+            early = [steps_per_epoch >> n for n in range(1, 6)]  # where most happens
+            if (step % args.sample_every == 0) if args.sample_every else (epoch_ends or step in early):
                 imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed)))
             if epoch_ends or stopping:
                 state = {name: part.state_dict() for name, part in parts.items()} | {"script": "dcgan", "args": flags}
@@ -381,9 +380,10 @@ def train(args):
         save_plots(out)
         paths = sorted(out.glob("samples/*.png"), key=lambda path: int(path.stem))
         frames = [imageio.imread(path) for path in paths[:: len(paths) // 60 + 1] + paths[-1:] * 10]  # the last is held
-        imageio.mimsave(out / "samples.gif", frames, duration=200, loop=0)  # milliseconds
+        (out / "samples.gif").write_bytes(imageio.mimwrite("<bytes>", frames, format="gif", duration=200, loop=0))
         z = noise_path(fixed_noise(4 * 32, args.latent_dim, args.seed).view(4, 32, -1), args.interpolate).to(device)
-        imageio.mimsave(out / "interpolation.gif", [grid(sample(G_ema, z_t)) for z_t in z], duration=100, loop=0)
+        frames = [grid(sample(G_ema, z_t)) for z_t in z]
+        (out / "interpolation.gif").write_bytes(imageio.mimwrite("<bytes>", frames, format="gif", duration=100, loop=0))
     print(f"Step {step} of {last_step}. Look at {out}/samples.gif, interpolation.gif and losses.png.")
 
 def main(argv=None):
