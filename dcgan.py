@@ -9,14 +9,14 @@ convolutions: strides in place of pooling, batch norm in both networks, ReLU in 
 
     python dcgan.py                             # the built-in digits, no download
     python dcgan.py --dataset mnist --epochs 20
-The strongest recipe found here: no batch norm in D but R1, two convolutions a resolution, larger steps that fade, EMA.
-    python dcgan.py --dataset mnist --epochs 10 --depth 2 --d-norm none --r1 0.5 --lr-g 1e-3 --lr-d 1e-3 \
-        --betas 0 0.99 --init default --lr-schedule cosine --ema 0.999
+The strongest recipe found here: twice the width, R1 instead of batch norm in D, larger steps that fade, EMA:
+    python dcgan.py --dataset mnist --epochs 10 --hidden-channels 32 64 --d-norm none --r1 0.5 \
+        --lr-g 1e-3 --lr-d 1e-3 --betas 0 0.99 --init default --lr-schedule cosine --ema 0.999
 
-Where this differs from the paper: z is normal, not uniform; batch 64, not 128; kernels 4x4; the networks are as deep
-and wide as the image size and a laptop allow (the paper: 1024, 512, 256 and 128 channels, from 4x4 up).
+Where this differs from the paper: z is normal, not uniform; batch 64, not 128; kernels 4x4; as deep and wide as laptops
+allow (the paper: 1024, 512, 256 and 128 channels from 4x4 up). Images under 64x64 can be halved only twice, and so get
+two convolutions a resolution: --depth 1 at twice the width costs as much a step, and fewer digits come out well.
 """
-
 import argparse
 import json
 import math
@@ -161,10 +161,10 @@ def parse_args(argv=None):
     data("--background", default="white", help="what transparent pictures are laid on (%(default)s)")
     data("--img-size", type=count, help="resize the pictures to this (the size of the data; 64 for folder)")
     model("--latent-dim", type=count, default=100, help="how many numbers z has (%(default)s)")
-    model("--hidden-channels", type=count, nargs="+", help="from the image inwards (32 64 ..., until about 8x8)")
+    model("--hidden-channels", type=count, nargs="+", help="from the image inwards (32 64 ... / depth, to about 8x8)")
     model("--kernel-size", type=int, choices=[3, 4, 5], default=4, help="of the strided convolutions (%(default)s)")
     model("--upsample", choices=["transpose", "nearest"], default="transpose", help="nearest: then a 3x3 convolution")
-    model("--depth", type=count, default=1, help="convolutions at each resolution, the extra ones 3x3 (%(default)s)")
+    model("--depth", type=count, help="convolutions at each resolution, the extra ones 3x3 (1; under 64x64 2)")
     model("--d-norm", choices=["batch", "spectral", "none"], default="batch", help="spectral: 1802.05957 (batch)")
     model("--init", choices=["dcgan", "default"], default="dcgan", help="N(0, 0.02), or PyTorch's own (%(default)s)")
     adam("--lr-g", type=share, default=2e-4, help="Adam's rate for G (%(default)s)")
@@ -232,12 +232,10 @@ def build(args):
 def save_plots(out):
     """losses.png: the curves of log.csv, each with its running mean."""
     log = np.atleast_1d(np.genfromtxt(out / "log.csv", delimiter=",", names=True))
-    if not log.size:
-        return
     window = np.ones(len(log) // 40 + 1) / (len(log) // 40 + 1)
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     panels = figure.subplots(1, 3)
-    for i, label in enumerate(["D", "G", "D(x), real", "D(G(z)), fake", "D", "G"]):
+    for i, label in enumerate(["D", "G", "D(x), real", "D(G(z)), fake", "D", "G"] if log.size else []):
         column, panel, colour = log.dtype.names[i + 2], panels[i // 2], f"C{i % 2}"
         panel.plot(log["step"], log[column], colour, alpha=0.25)
         panel.plot(log["step"][len(window) - 1 :], np.convolve(log[column], window, "valid"), colour, label=label)
@@ -269,7 +267,9 @@ def train(args):
     if run and len(images) != args.num_images:
         raise Fault(f"{out} was trained on {args.num_images} pictures, but {len(images)} are there now.")
     args.num_images, args.img_channels, args.img_size, _ = images.shape
-    args.hidden_channels = args.hidden_channels or [32 << n for n in range(max(1, round(math.log2(args.img_size / 8))))]
+    args.depth = args.depth or (2 if args.img_size < 64 else 1)
+    halvings = range(max(1, round(math.log2(args.img_size / 8))))
+    args.hidden_channels = args.hidden_channels or [32 // args.depth << n for n in halvings]  # what a laptop can do
     torch.manual_seed(args.seed)
     G, D = (network.to(device, memory_format=torch.channels_last) for network in build(args))
     G_ema = AveragedModel(G, avg_fn=lambda mean, now, _: now.lerp(mean, min(args.ema, (1 + step) / (10 + step))))
@@ -312,13 +312,13 @@ def train(args):
         for step in range(first + 1, last_step + 1):
             epoch, i = divmod(step - 1, steps_per_epoch)
             if i == 0 or step == first + 1:
-                order = epoch_order(len(images), batch_size * args.d_steps, args.seed, epoch)  # (steps, d_steps * B)
+                order = epoch_order(len(images), batch_size * args.d_steps, args.seed, epoch).to(images.device)
             fade = (1 + math.cos(math.pi * (step - 1) / last_step)) / 2 if args.lr_schedule == "cosine" else 1
             opt_g.param_groups[0]["lr"], opt_d.param_groups[0]["lr"] = args.lr_g * fade, args.lr_d * fade
 
             # (1) D step: maximise log D(x) + log(1 - D(G(z)))
             D.requires_grad_(True)
-            for index in order[i].split(batch_size):
+            for index in order[i].split(batch_size):  # d_steps times (B,)
                 x_real = to_batch(images, index, device).requires_grad_(args.r1 > 0)  # (B, C, H, W)
                 z = torch.randn(batch_size, args.latent_dim, device=device)
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):

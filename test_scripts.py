@@ -28,7 +28,7 @@ import dcgan
 
 HERE = Path(__file__).parent
 SCRIPTS = ["dcgan"]
-TINY = {"dcgan": ["--hidden-channels", "4", "8", "--latent-dim", "8"]}
+TINY = {"dcgan": ["--hidden-channels", "4", "8", "--depth", "1", "--latent-dim", "8"]}
 COMMON_FLAGS = ["dataset", "data_dir", "classes", "background", "img_size"]
 COMMON_FLAGS += ["epochs", "max_steps", "batch_size", "seed", "device", "precision", "compile", "out", "overwrite"]
 COMMON_FLAGS += ["resume", "sample", "log_every", "sample_every", "snapshot_every", "latent_dim", "lr_g", "lr_d"]
@@ -493,9 +493,12 @@ def test_dcgan_bf16_only_where_asked_or_native(pictures):
         assert {value.dtype for value in checkpoint(precision)["G"].values()} <= {torch.float32, torch.int64}
 
 
-def test_dcgan_hidden_channels_default_to_the_image_size(digits):
-    dcgan.main(["--data-dir", digits, "--max-steps", "1", "--batch-size", "4"])
-    assert checkpoint("runs/dcgan-digits")["args"]["hidden_channels"] == [32, 64]
+def test_dcgan_depth_and_width_default_to_the_image_size(digits):
+    flags = ["--data-dir", digits, "--max-steps", "1", "--batch-size", "4", "--classes", "1"]
+    for size, depth, hidden in (("28", 2, [16, 32]), ("64", 1, [32, 64, 128])):
+        dcgan.main([*flags, "--img-size", size, "--out", size])
+        found = checkpoint(size)["args"]
+        assert (found["depth"], found["hidden_channels"]) == (depth, hidden)
 
 
 # dcgan.py: each flag and its effect
