@@ -9,13 +9,13 @@ convolutions: strides in place of pooling, batch norm in both networks, ReLU in 
 
     python dcgan.py                             # the built-in digits, no download
     python dcgan.py --dataset mnist --epochs 20
-The strongest recipe found here: twice the width, R1 instead of batch norm in D, larger steps that fade, EMA:
+The strongest recipe found here: twice the width, R1 instead of batch norm in D, larger steps that fade:
     python dcgan.py --dataset mnist --epochs 10 --hidden-channels 32 64 --d-norm none --r1 0.5 \
-        --lr-g 1e-3 --lr-d 1e-3 --betas 0 0.99 --init default --lr-schedule cosine --ema 0.999
+        --lr-g 1e-3 --lr-d 1e-3 --betas 0 0.99 --init default --lr-schedule cosine
 
-Where this differs from the paper: z is normal, not uniform; batch 64, not 128; kernels 4x4; as deep and wide as laptops
-allow (the paper: 1024, 512, 256 and 128 channels from 4x4 up). Images under 64x64 can be halved only twice, and so get
-two convolutions a resolution: --depth 1 at twice the width costs as much a step, and fewer digits come out well.
+Where this differs from the paper: z is normal, not uniform; batch 64, not 128; kernels 4x4; samples from an average of
+G's weights (--ema 0: from G); as deep and wide as laptops allow (the paper: 1024, 512, 256, 128 channels from 4x4 up).
+Images under 64x64, which can be halved only twice, get two convolutions a resolution (--depth 1: the paper's one).
 """
 import argparse
 import json
@@ -173,7 +173,7 @@ def parse_args(argv=None):
     adam("--adam-eps", type=share, default=1e-8, help="Adam's epsilon (%(default)s)")
     adam("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: down to 0 at the last step")
     adam("--clip-grad-norm", type=amount, help="scale the gradients of a network down to this L2 norm (off)")
-    adam("--ema", type=share, default=0, help="sample from G's weights averaged with this decay, such as 0.999 (off)")
+    adam("--ema", type=share, default=0.999, help="samples: from G's weights averaged with this decay (%(default)s)")
     adam("--d-steps", type=count, default=1, help="D updates a step (%(default)s)")
     adam("--g-steps", type=count, default=1, help="G updates a step (%(default)s)")
     trick("--loss", choices=["bce", "hinge"], default="bce", help="hinge: Geometric GAN, 1705.02894 (%(default)s)")
