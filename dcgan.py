@@ -146,7 +146,7 @@ def parse_args(argv=None):
     run("--seed", type=number(int, 0, 2**31), default=0, help="of the weights, the noise and the order (%(default)s)")
     run("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
     run("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where the hardware has it")
-    run("--compile", action="store_true", help="torch.compile both networks: minutes to start, faster on a GPU only")
+    run("--compile", action="store_true", help="torch.compile G, and D without --r1: slow to start, for GPUs only")
     run("--out", help="the folder of the run (runs/dcgan-DATASET)")
     run("--overwrite", action="store_true", help="replace the run that is in the folder")
     run("--resume", action="store_true", help="go on with the run that is in the folder, by its flags, to --epochs")
@@ -277,7 +277,7 @@ def train(args):
     opt_d = torch.optim.Adam(D.parameters(), args.lr_d, args.betas, args.adam_eps, fused=True)
     parts = {"G": G, "D": D, "G_ema": G_ema, "opt_g": opt_g, "opt_d": opt_d}
     if args.compile:
-        G.compile(), D.compile()
+        G.compile(), args.r1 or D.compile()  # R1 differentiates D twice, and compiled code cannot be
     z_fixed = fixed_noise(64, args.latent_dim, args.seed).to(device)
     batch_size = min(args.batch_size, len(images))
     steps_per_epoch = max(1, len(images) // (batch_size * args.d_steps))

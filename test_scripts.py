@@ -730,11 +730,13 @@ def test_r1_flattens_d_at_real_pictures(pictures):
     assert slopes[1] < slopes[0] / 4
 
 
-def test_compile_wraps_both_networks(pictures, monkeypatch):
+def test_compile_wraps_both_networks_but_not_d_under_r1(pictures, monkeypatch):
     wrapped = []
     monkeypatch.setattr(nn.Module, "compile", lambda self: wrapped.append(type(self).__name__))
     run_on_pictures(dcgan, pictures, "r", "--max-steps", 1, "--compile")
     assert wrapped == ["Generator", "Discriminator"]
+    run_on_pictures(dcgan, pictures, "s", "--max-steps", 1, "--compile", "--r1", 1)
+    assert wrapped[2:] == ["Generator"]  # D is differentiated twice, and compiled code cannot be
 
 
 def test_noise_paths_close_and_pass_through_each_z():
