@@ -1,7 +1,6 @@
 """Data loading and fixed-noise sampling for the GAN scripts of this folder, which share nothing else.
 
 A data set is decoded once and kept as one uint8 tensor (N, C, H, W); a batch is an index, a cast and a scale."""
-
 import contextlib
 import gzip
 import hashlib
@@ -14,7 +13,7 @@ import time
 import urllib.request
 import warnings
 import zipfile
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,6 +69,7 @@ def load_data(dataset, data_dir="data", img_size=None, classes=None, background=
         data = data._replace(images=torch.cat([resize(x.float()).round().byte() for x in data.images.split(1024)]))
     return data if data.images.nbytes > RESIDENT else data._replace(images=data.images.to(device))
 
+@lru_cache(1)  # it is asked at each step
 def epoch_order(n, batch_size, seed, epoch):
     """The indexes of an epoch, (steps, batch_size), in a random order that is the same when a run is resumed."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))

@@ -135,7 +135,7 @@ def number(kind, low, high=math.inf):
     return parse
 
 def parse_args(argv=None):
-    """The flags; and in args.given the names of those that stand in argv."""
+    """The flags; and args.given, where those that do not stand in argv are None."""
     parser = argparse.ArgumentParser(description="DCGAN, arXiv 1511.06434. The values in brackets are the defaults.")
     count, share, amount = number(int, 1), number(float, 0, 1), number(float, 0)
     groups = ("run", "data", "model", "optimiser", "tricks")
@@ -184,29 +184,28 @@ def parse_args(argv=None):
     trick("--dropout", type=number(float, 0, 0.99), default=0, help="in D, after each activation (off)")
     trick("--diffaugment", action="store_true", help="colour, shift, cut-out on all that D sees: under 5,000 pictures")
     args = parser.parse_args(argv)
-    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args))))  # None wherever argv says nothing
-    args.given = [name for name, value in vars(given).items() if value is not None]
+    args.given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args))))
     args.out = args.out or f"runs/dcgan-{args.dataset}"
     return args
 
 def pick_device(args):
     """The device, and whether to compute in bfloat16 there: where that is not native it is slow. Raises Misuse."""
+    best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
-        best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         device = torch.zeros(1, device=best if args.device == "auto" else args.device).device
     except (RuntimeError, AssertionError) as error:
         raise Misuse(f"--device {args.device} cannot be used here: {str(error).partition('.')[0]}.") from error
     has = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    native = native or any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    native = any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    native = native or (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
     return device, args.precision == "bf16" or (args.precision == "auto" and native)
 
 def open_run(args):
-    """None for a new run; else the checkpoint in args.out, and its flags in args. Raises Misuse or Fault."""
+    """The checkpoint in args.out, its flags put into args; None for a new run. Raises Misuse or Fault."""
     path = Path(args.out) / "checkpoint.pt"
+    if path.with_name("args.json").exists() and not (args.resume or args.sample or args.overwrite):
+        raise Misuse(f"{args.out} holds a run: --resume continues it, --overwrite replaces it, --out avoids it.")
     if not (args.resume or args.sample):
-        if path.with_name("args.json").exists() and not args.overwrite:
-            raise Misuse(f"{args.out} holds a run: --resume continues it, --overwrite replaces it, --out avoids it.")
         return None
     try:
         run = torch.load(path, map_location="cpu", weights_only=True)
@@ -217,8 +216,8 @@ def open_run(args):
         raise Misuse(f"{path} is a run of {script}.py: resume it with that, or name another folder with --out.")
     free = {"epochs", "max_steps", "device", "data_dir", "out", "overwrite", "resume", "sample", args.sample and "seed"}
     for name, value in flags.items():
-        if name not in [*args.given, "max_steps"]:
-            setattr(args, name, value)
+        if getattr(args.given, name, None) is None:
+            setattr(args, name, None if name == "max_steps" else value)
         elif getattr(args, name) != value and name not in free:
             raise Misuse(f"--{name.replace('_', '-')} contradicts the run in {args.out}, which has {value}: omit it.")
     return run
@@ -232,19 +231,18 @@ def build(args):
 def save_plots(out):
     """losses.png: the curves of log.csv, each with its running mean."""
     log = np.atleast_1d(np.genfromtxt(out / "log.csv", delimiter=",", names=True))
-    window = np.ones(len(log) // 40 + 1) / (len(log) // 40 + 1)
+    n = len(log) // 40 + 1  # rows in the running mean
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     panels = figure.subplots(1, 3)
     for i, label in enumerate(["D", "G", "D(x), real", "D(G(z)), fake", "D", "G"] if log.size else []):
-        column, panel, colour = log.dtype.names[i + 2], panels[i // 2], f"C{i % 2}"
-        panel.plot(log["step"], log[column], colour, alpha=0.25)
-        panel.plot(log["step"][len(window) - 1 :], np.convolve(log[column], window, "valid"), colour, label=label)
-        panel.set_xlabel("step (generator updates)")
-        panel.locator_params("x", nbins=5)
+        x, y, panel, colour = log["step"], log[log.dtype.names[i + 2]], panels[i // 2], f"C{i % 2}"
+        panel.plot(x, y, colour, alpha=0.25)
+        panel.plot(x[n - 1 :], np.convolve(y, np.ones(n) / n, "valid"), colour, label=label)
         panel.legend()
     panels[0].set(title="Loss", ylabel="loss")
     panels[1].set(title="What D thinks: 0.5 is a draw", ylabel="probability of being real", ylim=(0, 1))
     panels[2].set(title="Gradient norm", ylabel="L2 norm of all gradients", yscale="log")
+    figure.supxlabel("step (generator updates)")
     figure.savefig(out / "losses.png", dpi=100)
 
 def generate(args):
@@ -261,8 +259,7 @@ def generate(args):
 
 def train(args):
     """Train G and D as the flags say. Everything is written to args.out. Raises Misuse or Fault."""
-    run, out = open_run(args), Path(args.out)
-    device, bf16 = pick_device(args)
+    run, out, (device, bf16) = open_run(args), Path(args.out), pick_device(args)
     images = load_data(args.dataset, args.data_dir, args.img_size, args.classes, args.background, device).images
     if run and len(images) != args.num_images:
         raise Fault(f"{out} was trained on {args.num_images} pictures, but {len(images)} are there now.")
@@ -278,16 +275,15 @@ def train(args):
     parts = {"G": G, "D": D, "G_ema": G_ema, "opt_g": opt_g, "opt_d": opt_d}
     if args.compile:
         G.compile(), args.r1 or D.compile()  # R1 differentiates D twice, and compiled code cannot be
-    z_fixed = fixed_noise(64, args.latent_dim, args.seed).to(device)
+    step, z_fixed = 0, fixed_noise(64, args.latent_dim, args.seed).to(device)
     batch_size = min(args.batch_size, len(images))
     steps_per_epoch = max(1, len(images) // (batch_size * args.d_steps))
     args.epochs = args.epochs or max(10, math.ceil(9000 / steps_per_epoch))
     last_step = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
     flags = {name: value for name, value in vars(args).items() if name != "given"}
-    facts = {"torch": torch.__version__, "on": f"{device}, {'bf16' if bf16 else 'fp32'}"}
-    facts["parameters"] = sizes = {name: sum(p.numel() for p in parts[name].parameters()) for name in ("G", "D")}
-    names = ["loss_d", "loss_g", "d_real", "d_fake", "grad_norm_d", "grad_norm_g", "images_per_second"]
-    step, log = 0, [",".join(["epoch", "step", *names])]
+    sizes = {name: sum(p.numel() for p in parts[name].parameters()) for name in ("G", "D")}
+    facts = {"torch": torch.__version__, "on": f"{device}, {'bf16' if bf16 else 'fp32'}", "parameters": sizes}
+    log = ["epoch,step,loss_d,loss_g,d_real,d_fake,grad_norm_d,grad_norm_g,images_per_second"]
     if run:
         for name, part in parts.items():
             part.load_state_dict(run[name])
@@ -311,19 +307,17 @@ def train(args):
     try:
         for step in range(first + 1, last_step + 1):
             epoch, i = divmod(step - 1, steps_per_epoch)
-            if i == 0 or step == first + 1:
-                order = epoch_order(len(images), batch_size * args.d_steps, args.seed, epoch).to(images.device)
             fade = (1 + math.cos(math.pi * (step - 1) / last_step)) / 2 if args.lr_schedule == "cosine" else 1
             opt_g.param_groups[0]["lr"], opt_d.param_groups[0]["lr"] = args.lr_g * fade, args.lr_d * fade
 
             # (1) D step: maximise log D(x) + log(1 - D(G(z)))
             D.requires_grad_(True)
-            for index in order[i].split(batch_size):  # d_steps times (B,)
+            order = epoch_order(len(images), batch_size * args.d_steps, args.seed, epoch)[i]
+            for index in order.split(batch_size):  # d_steps times (B,)
                 x_real = to_batch(images, index, device).requires_grad_(args.r1 > 0)  # (B, C, H, W)
-                z = torch.randn(batch_size, args.latent_dim, device=device)
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    x_fake = G(z)  # kept: the G step goes back through it
-                    logits_real, logits_fake = D_seen(x_real), D_seen(x_fake.detach())  # detached: not so the D step
+                    x_fake = G(torch.randn(batch_size, args.latent_dim, device=device))  # kept for the G step
+                    logits_real, logits_fake = D_seen(x_real), D_seen(x_fake.detach())  # detached: no way to G
                 sign = 1 - 2 * (torch.rand(2, batch_size, device=device) < args.flip_labels).float()  # -1: wrong
                 logits = sign[0] * logits_real, sign[1] * logits_fake
                 loss_d = discriminator_loss(*logits, args.loss, args.label_smoothing)
@@ -352,12 +346,12 @@ def train(args):
                 row = [loss_d, loss_g, logits_real.sigmoid().mean(), logits_fake.sigmoid().mean(), norm_d, norm_g]
                 row = torch.stack(row).tolist() + [seen / (now - since[0])]
                 since, left = (now, step), (now - started) / (step - first) * (last_step - step)
-                for name, value in zip(names, row, strict=True):
+                for name, value in zip(log[0].split(",")[2:], row, strict=True):
                     if not math.isfinite(value):
                         raise Fault(f"{name} is {value} at step {step}; the last checkpoint is kept. Try a lower rate.")
                 if epoch_ends or step % args.log_every == 0:
                     with open(out / "log.csv", "a") as file:
-                        file.write(",".join([f"{epoch + 1},{step}", *(f"{value:.6g}" for value in row)]) + "\n")
+                        print(epoch + 1, step, *(f"{value:.6g}" for value in row), sep=",", file=file)
                 line = f"epoch {epoch + 1}/{args.epochs} [{'#' * (10 * step // last_step):10}] loss_d {row[0]:.3f} "
                 line += f"loss_g {row[1]:.3f} {row[-1]:.0f} images/s {left // 60:.0f}:{left % 60:02.0f} left "
                 if sys.stdout.isatty() or epoch_ends:

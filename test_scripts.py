@@ -25,10 +25,13 @@ from torch import nn
 
 import common
 import dcgan
+import mlp_gan
 
 HERE = Path(__file__).parent
-SCRIPTS = ["dcgan"]
-TINY = {"dcgan": ["--hidden-channels", "4", "8", "--depth", "1", "--latent-dim", "8"]}
+TINY = {
+    "mlp_gan": ["--hidden", "4", "8", "--latent-dim", "8"],
+    "dcgan": ["--hidden-channels", "4", "8", "--depth", "1", "--latent-dim", "8"],
+}
 COMMON_FLAGS = ["dataset", "data_dir", "classes", "background", "img_size"]
 COMMON_FLAGS += ["epochs", "max_steps", "batch_size", "seed", "device", "precision", "compile", "out", "overwrite"]
 COMMON_FLAGS += ["resume", "sample", "log_every", "sample_every", "snapshot_every", "latent_dim", "lr_g", "lr_d"]
@@ -36,7 +39,7 @@ COMMON_FLAGS += ["betas", "adam_eps", "lr_schedule", "clip_grad_norm", "ema"]
 METRICS = ["epoch", "step", "loss_d", "loss_g", "d_real", "d_fake", "grad_norm_d", "grad_norm_g", "images_per_second"]
 
 
-@pytest.fixture(params=SCRIPTS)
+@pytest.fixture(params=TINY)
 def script(request):
     return importlib.import_module(request.param)
 
@@ -387,6 +390,97 @@ def test_the_seed_decides(script, pictures):
     assert log("a")[0]["loss_g"] != log("c")[0]["loss_g"]
 
 
+# mlp_gan.py
+
+
+def test_mlp_gan_shapes():
+    for size, channels, hidden in ((28, 1, [5]), (5, 3, [4, 6, 7])):
+        G, D = mlp_gan.Generator(7, size, channels, hidden), mlp_gan.Discriminator(size, channels, hidden)
+        x = G(torch.randn(5, 7))
+        assert x.shape == (5, channels, size, size)
+        assert x.abs().max() <= 1
+        assert D(x).shape == (5,)
+        assert D(x[:1]).shape == (1,)
+        widths = [layer.out_features for layer in [*G.modules(), *D.modules()] if isinstance(layer, nn.Linear)]
+        assert widths == [*hidden, channels * size**2, *reversed(hidden), 1]
+
+
+def kinds_and_rates(network):
+    names = [type(layer).__name__ for layer in network.modules()]
+    return names.count("BatchNorm1d"), [layer.p for layer in network.modules() if isinstance(layer, nn.Dropout)]
+
+
+@pytest.mark.parametrize(
+    ("norm", "in_g", "in_d"),
+    [("none", (0, [0, 0]), (0, [0.2, 0.2])), ("batch", (2, [0, 0]), (2, [0.2, 0.2])),
+     ("dropout", (0, [0.2, 0.2]), (0, [0.2, 0.2]))],
+)  # fmt: skip
+def test_mlp_gan_norm_and_dropout(norm, in_g, in_d):
+    args = mlp_gan.parse_args(["--norm", norm, "--dropout", "0.2", "--hidden", "4", "6"])
+    args.img_size, args.img_channels = 8, 1
+    G, D = mlp_gan.build(args)
+    assert kinds_and_rates(G) == in_g
+    assert kinds_and_rates(D) == in_d
+
+
+def test_mlp_gan_losses_against_hand_computed_numbers():
+    real, fake = torch.tensor([2.0, 0.0]), torch.tensor([-1.0, 1.0])
+    # -log sigmoid(2) = 0.126928, -log sigmoid(0) = 0.693147; -log(1 - sigmoid(-1)) = 0.313262, of 1: 1.313262
+    assert abs(mlp_gan.discriminator_loss(real, fake).item() - (0.820075 / 2 + 1.626523 / 2)) < 1e-5
+    smooth = 0.9 * 0.126928 + 0.1 * 2.126928  # -log(1 - sigmoid(2)) = 2.126928
+    assert abs(mlp_gan.discriminator_loss(real[:1], fake, 0.1).item() - (smooth + 1.626523 / 2)) < 1e-5
+    assert abs(mlp_gan.generator_loss(fake).item() - (1.313262 + 0.313262) / 2) < 1e-5
+    assert abs(mlp_gan.generator_loss(fake, "minimax").item() + (0.313262 + 1.313262) / 2) < 1e-5
+
+
+def test_minimax_gives_a_thousandth_of_the_gradient_where_d_is_sure():
+    slope = {}
+    for loss in ("nonsaturating", "minimax"):
+        logits = torch.tensor([0.001]).logit().requires_grad_()
+        mlp_gan.generator_loss(logits, loss).backward()
+        slope[loss] = logits.grad.item()
+    assert abs(slope["nonsaturating"] + 0.999) < 1e-5
+    assert abs(slope["minimax"] / slope["nonsaturating"] - 0.001 / 0.999) < 1e-6
+
+
+def test_mlp_gan_loss_and_smoothing_and_steps_reach_the_loop(pictures, monkeypatch):
+    seen = watched(monkeypatch, mlp_gan)
+    flags = ["--loss", "minimax", "--label-smoothing", 0.2, "--d-steps", 3, "--g-steps", 2, "--batch-size", 4]
+    run_on_pictures(mlp_gan, pictures, "r", "--epochs", 1, *flags)
+    assert (len(seen["loss_d"]), len(seen["loss_g"])) == (6, 4)  # 24 pictures are 2 steps of 3 x 4
+    assert seen["loss_d"][0][2:] == (0.2,)
+    assert seen["loss_g"][0][1:] == ("minimax",)
+    assert torch.equal(seen["x"][6], seen["x"][5])  # the first G step judges the fakes that D has just seen
+    assert not torch.equal(seen["x"][7], seen["x"][6])  # the second one new ones
+
+
+def test_mlp_gan_logs_how_often_d_is_right(pictures, monkeypatch):
+    seen = watched(monkeypatch, mlp_gan)
+    run_on_pictures(mlp_gan, pictures, "r", "--epochs", 1, "--log-every", 1, "--dropout", 0, "--precision", "fp32")
+    for row, real, fake in zip(log("r"), seen["out"][0::3], seen["out"][1::3], strict=True):
+        assert float(row["acc_real"]) == pytest.approx((real > 0).float().mean().item())
+        assert float(row["acc_fake"]) == pytest.approx((fake < 0).float().mean().item())
+        assert float(row["d_real"]) == pytest.approx(real.sigmoid().mean().item(), rel=1e-4)
+
+
+def test_mlp_gan_keeps_the_gradient_of_the_last_layer_of_each_epoch(pictures, monkeypatch):
+    seen = []
+    step = torch.optim.Adam.step
+
+    def spy(self, *args):
+        seen.append(self.param_groups[0]["params"][-2].grad.clone())
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", spy)
+    run_on_pictures(mlp_gan, pictures, "r", "--epochs", 2)
+    mlp_gan.main(["--out", "r", "--resume", "--epochs", "30"])
+    gradients = checkpoint("r")["gradients"]
+    assert gradients.shape == (30, 4)
+    for epoch in range(30):  # D's step is the first of two, 3 steps an epoch
+        assert torch.equal(gradients[epoch], seen[6 * epoch + 4].flatten())
+    assert imageio.imread("r/gradients.png").shape[2] in (3, 4)
+
+
 # dcgan.py
 
 
@@ -600,19 +694,19 @@ def test_diffaugment_is_random_for_each_picture_and_differentiable():
     assert grey.shape == (4, 1, 8, 8)
 
 
-def watched(monkeypatch):
+def watched(monkeypatch, script=dcgan):
     """Record what D is fed, and the logits and losses of each step."""
     seen = {"x": [], "out": [], "loss_d": [], "loss_g": []}
-    forward, loss_d, loss_g = dcgan.Discriminator.forward, dcgan.discriminator_loss, dcgan.generator_loss
+    forward, loss_d, loss_g = script.Discriminator.forward, script.discriminator_loss, script.generator_loss
 
     def record(self, x):
         seen["x"].append(x.detach().clone())
         seen["out"].append(forward(self, x))
         return seen["out"][-1]
 
-    monkeypatch.setattr(dcgan.Discriminator, "forward", record)
-    monkeypatch.setattr(dcgan, "discriminator_loss", lambda *a: seen["loss_d"].append(a) or loss_d(*a))
-    monkeypatch.setattr(dcgan, "generator_loss", lambda *a: seen["loss_g"].append(a) or loss_g(*a))
+    monkeypatch.setattr(script.Discriminator, "forward", record)
+    monkeypatch.setattr(script, "discriminator_loss", lambda *a: seen["loss_d"].append(a) or loss_d(*a))
+    monkeypatch.setattr(script, "generator_loss", lambda *a: seen["loss_g"].append(a) or loss_g(*a))
     return seen
 
 

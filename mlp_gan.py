@@ -1,0 +1,321 @@
+r"""The first GAN, of Goodfellow et al. 2014, arXiv 1406.2661, with fully connected networks.
+
+Two networks play a game. The generator G turns noise z into a picture; the discriminator D is shown pictures of the
+data, x, and of G, and says how likely each is to be real. D learns to tell them apart, G to be mistaken for the data.
+
+    D maximises  log D(x) + log(1 - D(G(z)))    loss_d = -mean log D(x) - mean log(1 - D(G(z)))
+    G maximises  log D(G(z))                    loss_g = -mean log D(G(z))       (--loss nonsaturating)
+    or minimises log(1 - D(G(z)))               loss_g = mean log(1 - D(G(z)))   (--loss minimax)
+
+Minimax is one game for both, and what the theory is about. But early on D sees through G, D(G(z)) is near 0, and there
+log(1 - D) is flat: its slope by the logit of D is -D(G(z)), so that G learns nothing. That of -log D is D(G(z)) - 1.
+At the equilibrium G(z) is distributed as x is, and D can only guess: D(x) = D(G(z)) = 1/2, loss_d = 2 ln 2 = 1.386,
+acc_real and acc_fake about 50 %. It is rarely reached: D stays a little ahead.
+
+    python mlp_gan.py                           # the built-in digits, no download
+    python mlp_gan.py --dataset mnist --epochs 20
+
+Where this differs from the paper: LeakyReLU, not ReLU in G and maxout in D; Adam, not momentum; z is normal; G ends in
+tanh; samples from an average of G's weights (--ema 0: from G).
+"""
+import argparse
+import json
+import math
+import signal
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import imageio.v2 as imageio
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+from torch.nn.functional import softplus
+from torch.optim.swa_utils import AveragedModel
+from common import DATASETS, Fault, Misuse, epoch_order, fixed_noise, grid, load_data, sample, save_atomically, to_batch
+
+class Generator(nn.Sequential):
+    """z (B, latent_dim) -> image (B, img_channels, img_size, img_size) in [-1, 1]; shapes below are of the defaults."""
+    def __init__(self, latent_dim=100, img_size=28, img_channels=1, hidden=(256, 512), norm="none", dropout=0.0):
+        shape = (img_channels, img_size, img_size)
+        blocks = [block(*pair, norm, dropout) for pair in pairwise([latent_dim, *hidden])]  # (B, 256), (B, 512)
+        super().__init__(*blocks, nn.Linear(hidden[-1], math.prod(shape)), nn.Tanh(), nn.Unflatten(1, shape))
+
+class Discriminator(nn.Sequential):
+    """image (B, img_channels, img_size, img_size) -> logit l (B,) of D(x) = sigmoid(l): G's mirror image."""
+    def __init__(self, img_size=28, img_channels=1, hidden=(256, 512), norm="none", dropout=0.0):
+        sizes = [img_channels * img_size**2, *reversed(hidden)]  # (B, 784), (B, 512), (B, 256)
+        blocks = [block(*pair, norm, dropout) for pair in pairwise(sizes)]
+        super().__init__(nn.Flatten(), *blocks, nn.Linear(hidden[0], 1), nn.Flatten(0))  # (B,)
+
+def block(size_in, size_out, norm, dropout):
+    """A hidden block, (B, size_in) -> (B, size_out)."""
+    batch_norm = [nn.BatchNorm1d(size_out)] * (norm == "batch")
+    return nn.Sequential(nn.Linear(size_in, size_out), *batch_norm, nn.LeakyReLU(0.2, True), nn.Dropout(dropout))
+
+def discriminator_loss(logits_real, logits_fake, smoothing=0.0):
+    """-log D(x) - log(1 - D(G(z))): -log sigmoid(l) = softplus(-l), and -log(1 - sigmoid(l)) = softplus(l)."""
+    real = (1 - smoothing) * softplus(-logits_real) + smoothing * softplus(logits_real)
+    return real.mean() + softplus(logits_fake).mean()
+
+def generator_loss(logits_fake, loss="nonsaturating"):
+    """-log D(G(z)) = softplus(-l); or minimax, log(1 - D(G(z))) = -softplus(l), with slope -D(G(z)): flat at 0."""
+    return softplus(-logits_fake).mean() if loss == "nonsaturating" else -softplus(logits_fake).mean()
+
+def number(kind, low, high=math.inf):
+    """A type for argparse: an int or a float from low to high."""
+    def parse(text):
+        if low <= kind(text) <= high:
+            return kind(text)
+        raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+    return parse
+
+def parse_args(argv=None):
+    """The flags; and args.given, where those that do not stand in argv are None."""
+    parser = argparse.ArgumentParser(description="The first GAN, arXiv 1406.2661. In brackets: the defaults.")
+    count, share, amount = number(int, 1), number(float, 0, 1), number(float, 0)
+    groups = ("run", "data", "model", "optimiser", "tricks")
+    run, data, model, adam, trick = (parser.add_argument_group(group).add_argument for group in groups)
+    run("--epochs", type=count, help="passes over the data, in all (10, or more: as many as make 9,000 steps)")
+    run("--max-steps", type=count, help="stop after so many generator updates, if that comes first")
+    run("--batch-size", type=count, default=64, help="pictures in a batch (%(default)s)")
+    run("--seed", type=number(int, 0, 2**31), default=0, help="of the weights, the noise and the order (%(default)s)")
+    run("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
+    run("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where the hardware has it")
+    run("--compile", action="store_true", help="torch.compile both networks: slow to start, for GPUs only")
+    run("--out", help="the folder of the run (runs/mlp_gan-DATASET)")
+    run("--overwrite", action="store_true", help="replace the run that is in the folder")
+    run("--resume", action="store_true", help="go on with the run that is in the folder, by its flags, to --epochs")
+    run("--sample", type=count, metavar="N", help="train nothing: write N pictures with the folder's checkpoint")
+    run("--log-every", type=count, default=50, help="steps from one row of log.csv to the next (%(default)s)")
+    run("--sample-every", type=count, help="steps from one sample grid to the next (an epoch, and fewer in the first)")
+    run("--snapshot-every", type=count, help="epochs from one copy of G in generators/ to the next (none)")
+    data("--dataset", choices=list(DATASETS), default="digits", help="folder: your own pictures (%(default)s)")
+    data("--data-dir", default="data", help="where the data is, or is downloaded to (%(default)s)")
+    data("--classes", type=int, nargs="+", help="only the pictures with these labels (all)")
+    data("--background", default="white", help="what transparent pictures are laid on (%(default)s)")
+    data("--img-size", type=count, help="resize the pictures to this (the size of the data; 64 for folder)")
+    model("--latent-dim", type=count, default=100, help="how many numbers z has (%(default)s)")
+    model("--hidden", type=count, nargs="+", default=[256, 512], help="widths in G, and in D from the last (256 512)")
+    model("--norm", choices=["none", "batch", "dropout"], default="none", help="in each hidden block of both (none)")
+    model("--dropout", type=number(float, 0, 0.99), default=0.3, help="rate in D, and in G with --norm dropout (0.3)")
+    adam("--lr-g", type=share, default=1e-3, help="Adam's rate for G (%(default)s)")
+    adam("--lr-d", type=share, default=1e-3, help="Adam's rate for D (%(default)s)")
+    adam("--betas", type=number(float, 0, 0.9999), nargs=2, default=[0.0, 0.99], help="Adam's memory (0 0.99)")
+    adam("--adam-eps", type=share, default=1e-8, help="Adam's epsilon (%(default)s)")
+    adam("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: down to 0 at the last step")
+    adam("--clip-grad-norm", type=amount, help="scale the gradients of a network down to this L2 norm (off)")
+    adam("--ema", type=share, default=0.999, help="samples: from G's weights averaged with this decay (%(default)s)")
+    adam("--d-steps", type=count, default=1, help="D updates a step (%(default)s)")
+    adam("--g-steps", type=count, default=1, help="G updates a step (%(default)s)")
+    trick("--loss", choices=["nonsaturating", "minimax"], default="nonsaturating", help="of G (nonsaturating)")
+    trick("--label-smoothing", type=share, default=0, help="real means 1 - this, to D: Salimans 2016, 1606.03498 (off)")
+    args = parser.parse_args(argv)
+    args.given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args))))
+    args.out = args.out or f"runs/mlp_gan-{args.dataset}"
+    return args
+
+def pick_device(args):
+    """The device, and whether to compute in bfloat16 there: where that is not native it is slow. Raises Misuse."""
+    best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    try:
+        device = torch.zeros(1, device=best if args.device == "auto" else args.device).device
+    except (RuntimeError, AssertionError) as error:
+        raise Misuse(f"--device {args.device} cannot be used here: {str(error).partition('.')[0]}.") from error
+    has = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    native = any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    native = native or (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
+    return device, args.precision == "bf16" or (args.precision == "auto" and native)
+
+def open_run(args):
+    """The checkpoint in args.out, its flags put into args; None for a new run. Raises Misuse or Fault."""
+    path = Path(args.out) / "checkpoint.pt"
+    if path.with_name("args.json").exists() and not (args.resume or args.sample or args.overwrite):
+        raise Misuse(f"{args.out} holds a run: --resume continues it, --overwrite replaces it, --out avoids it.")
+    if not (args.resume or args.sample):
+        return None
+    try:
+        run = torch.load(path, map_location="cpu", weights_only=True)
+        script, flags = run["script"], run["args"]
+    except Exception as error:  # torch.load raises many kinds for a file that is not a checkpoint
+        raise Fault(f"{path} is missing or damaged: name another folder, or start with --overwrite.") from error
+    if script != "mlp_gan":
+        raise Misuse(f"{path} is a run of {script}.py: resume it with that, or name another folder with --out.")
+    free = {"epochs", "max_steps", "device", "data_dir", "out", "overwrite", "resume", "sample", args.sample and "seed"}
+    for name, value in flags.items():
+        if getattr(args.given, name, None) is None:
+            setattr(args, name, None if name == "max_steps" else value)
+        elif getattr(args, name) != value and name not in free:
+            raise Misuse(f"--{name.replace('_', '-')} contradicts the run in {args.out}, which has {value}: omit it.")
+    return run
+
+def build(args):
+    """G and D as the flags say."""
+    shape, dropout = (args.img_size, args.img_channels, args.hidden, args.norm), args.dropout
+    return Generator(args.latent_dim, *shape, dropout if args.norm == "dropout" else 0), Discriminator(*shape, dropout)
+
+def save_plots(out, gradients):
+    """losses.png: the curves of log.csv; gradients.png: how large those of D's last layer were, (epochs, weights)."""
+    log = np.atleast_1d(np.genfromtxt(out / "log.csv", delimiter=",", names=True))
+    n = len(log) // 40 + 1  # rows in the running mean
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    panels = figure.subplots(1, 3)
+    for i, label in enumerate(["D", "G", "D(x), real", "D(G(z)), fake", "D", "G"] if log.size else []):
+        x, y, panel, colour = log["step"], log[log.dtype.names[i + 2]], panels[i // 2], f"C{i % 2}"
+        panel.plot(x, y, colour, alpha=0.25)
+        panel.plot(x[n - 1 :], np.convolve(y, np.ones(n) / n, "valid"), colour, label=label)
+        panel.legend()
+    panels[0].set(title="Loss", ylabel="loss")
+    panels[1].set(title="What D thinks: 0.5 is a draw", ylabel="probability of being real", ylim=(0, 1))
+    panels[2].set(title="Gradient norm", ylabel="L2 norm of all gradients", yscale="log")
+    figure.supxlabel("step (generator updates)")
+    figure.savefig(out / "losses.png", dpi=100)
+    figure, every = Figure(figsize=(8, 5), layout="constrained"), len(gradients) // 12 + 1
+    axes, epochs = figure.subplots(), range(1, len(gradients) + 1, every)
+    sizes = gradients.abs().clamp(min=1e-12).log10().numpy()
+    for epoch, row in zip(epochs, sizes[::every], strict=True):
+        axes.violinplot(row, [epoch], orientation="horizontal", side="high", widths=2.5 * every, showextrema=False)
+    axes.set(title="Gradient of each weight of D's last layer", xlabel="log10 of size", ylabel="epoch", yticks=epochs)
+    figure.savefig(out / "gradients.png", dpi=100)
+
+def generate(args):
+    """--sample N: N single pictures in generated/, and all of them in generated.png."""
+    run, folder = open_run(args), Path(args.out) / "generated"
+    G_ema = AveragedModel(build(args)[0])
+    G_ema.load_state_dict(run["G_ema"])
+    images = sample(G_ema, fixed_noise(args.sample, args.latent_dim, args.seed + 1))  # uint8 (N, C, H, W)
+    folder.mkdir(exist_ok=True)
+    for i, image in enumerate(images):
+        imageio.imwrite(folder / f"{i:05d}.png", image.permute(1, 2, 0).squeeze(2).numpy())
+    imageio.imwrite(f"{folder}.png", grid(images))
+    print(f"{len(images)} pictures in {folder}, all of them in {folder}.png")
+
+def train(args):
+    """Train G and D as the flags say. Everything is written to args.out. Raises Misuse or Fault."""
+    run, out, (device, bf16) = open_run(args), Path(args.out), pick_device(args)
+    images = load_data(args.dataset, args.data_dir, args.img_size, args.classes, args.background, device).images
+    if run and len(images) != args.num_images:
+        raise Fault(f"{out} was trained on {args.num_images} pictures, but {len(images)} are there now.")
+    args.num_images, args.img_channels, args.img_size, _ = images.shape
+    torch.manual_seed(args.seed)
+    G, D = (network.to(device) for network in build(args))
+    G_ema = AveragedModel(G, avg_fn=lambda mean, now, _: now.lerp(mean, min(args.ema, (1 + step) / (10 + step))))
+    opt_g = torch.optim.Adam(G.parameters(), args.lr_g, args.betas, args.adam_eps, fused=True)
+    opt_d = torch.optim.Adam(D.parameters(), args.lr_d, args.betas, args.adam_eps, fused=True)
+    parts = {"G": G, "D": D, "G_ema": G_ema, "opt_g": opt_g, "opt_d": opt_d}
+    if args.compile:
+        G.compile(), D.compile()
+    step, z_fixed = 0, fixed_noise(64, args.latent_dim, args.seed).to(device)
+    gradients = torch.empty(0, args.hidden[0])  # of D's last layer, at the end of each epoch
+    batch_size = min(args.batch_size, len(images))
+    steps_per_epoch = max(1, len(images) // (batch_size * args.d_steps))
+    args.epochs = args.epochs or max(10, math.ceil(9000 / steps_per_epoch))
+    last_step = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
+    flags = {name: value for name, value in vars(args).items() if name != "given"}
+    sizes = {name: sum(p.numel() for p in parts[name].parameters()) for name in ("G", "D")}
+    facts = {"torch": torch.__version__, "on": f"{device}, {'bf16' if bf16 else 'fp32'}", "parameters": sizes}
+    log = ["epoch,step,loss_d,loss_g,d_real,d_fake,grad_norm_d,grad_norm_g,images_per_second,acc_real,acc_fake"]
+    if run:
+        for name, part in parts.items():
+            part.load_state_dict(run[name])
+        step, z_fixed, gradients = run["step"], run["z_fixed"].to(device), run["gradients"]
+        torch.set_rng_state(run["rng"])
+        log += [row for row in (out / "log.csv").read_text().splitlines()[1:] if int(row.split(",")[1]) <= step]
+    else:
+        for file in [*out.glob("checkpoint.pt"), *out.glob("samples/*.png"), *out.glob("generators/*.pt")]:
+            file.unlink()  # of the run that --overwrite replaces
+        (out / "samples").mkdir(parents=True, exist_ok=True)
+        imageio.imwrite(out / "real.png", grid(images[:: len(images) // 64 or 1][:64].cpu()))
+        imageio.imwrite(out / "samples" / "000000.png", grid(sample(G, z_fixed)))
+    (out / "log.csv").write_text("\n".join(log) + "\n")  # without what a killed run logged after its checkpoint
+    (out / "args.json").write_text(json.dumps(flags | facts, indent=2) + "\n")
+    print(f"{len(images):,} pictures {tuple(images.shape[1:])}, parameters {sizes}, {facts['on']}, {out}", flush=True)
+    first, stop, started, since = step, [], time.time(), (time.time(), step)
+    ctrl_c = signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # finish the step, then save
+    try:
+        for step in range(first + 1, last_step + 1):
+            epoch, i = divmod(step - 1, steps_per_epoch)
+            fade = (1 + math.cos(math.pi * (step - 1) / last_step)) / 2 if args.lr_schedule == "cosine" else 1
+            opt_g.param_groups[0]["lr"], opt_d.param_groups[0]["lr"] = args.lr_g * fade, args.lr_d * fade
+
+            # (1) D step: maximise log D(x) + log(1 - D(G(z)))
+            D.requires_grad_(True)
+            order = epoch_order(len(images), batch_size * args.d_steps, args.seed, epoch)[i]
+            for index in order.split(batch_size):  # d_steps times (B,)
+                x_real = to_batch(images, index, device)  # (B, C, H, W)
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    x_fake = G(torch.randn(batch_size, args.latent_dim, device=device))  # kept for the G step
+                    logits_real, logits_fake = D(x_real).float(), D(x_fake.detach()).float()  # no way to G
+                loss_d = discriminator_loss(logits_real, logits_fake, args.label_smoothing)
+                opt_d.zero_grad()
+                loss_d.backward()
+                norm_d = nn.utils.clip_grad_norm_(D.parameters(), args.clip_grad_norm or math.inf)
+                opt_d.step()
+
+            # (2) G step: maximise log D(G(z)) for the same z; the gradient passes through D, whose weights are frozen
+            D.requires_grad_(False)
+            for again in range(args.g_steps):
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    x_fake = G(torch.randn(batch_size, args.latent_dim, device=device)) if again else x_fake
+                    logits = D(x_fake).float()
+                loss_g = generator_loss(logits, args.loss)
+                opt_g.zero_grad()
+                loss_g.backward()
+                norm_g = nn.utils.clip_grad_norm_(G.parameters(), args.clip_grad_norm or math.inf)
+                opt_g.step()
+            G_ema.update_parameters(G)  # averages the parameters, copies the buffers; with --ema 0 it is G
+
+            # (3) log, sample, save
+            epoch_ends, stopping = i + 1 == steps_per_epoch, step == last_step or bool(stop)
+            if epoch_ends or stopping or step % args.log_every == 0:
+                now, seen = time.time(), (step - since[1]) * batch_size * args.d_steps  # since the last row
+                row = [loss_d, loss_g, logits_real.sigmoid().mean(), logits_fake.sigmoid().mean(), norm_d, norm_g]
+                row = torch.stack(row).tolist() + [seen / (now - since[0])]
+                row += [(logits_real > 0).float().mean().item(), (logits_fake < 0).float().mean().item()]
+                since, left = (now, step), (now - started) / (step - first) * (last_step - step)
+                for name, value in zip(log[0].split(",")[2:], row, strict=True):
+                    if not math.isfinite(value):
+                        raise Fault(f"{name} is {value} at step {step}; the last checkpoint is kept. Try a lower rate.")
+                if epoch_ends or step % args.log_every == 0:
+                    with open(out / "log.csv", "a") as file:
+                        print(epoch + 1, step, *(f"{value:.6g}" for value in row), sep=",", file=file)
+                line = f"epoch {epoch + 1}/{args.epochs} [{'#' * (10 * step // last_step):10}] loss_d {row[0]:.3f} "
+                line += f"loss_g {row[1]:.3f} {row[6]:.0f} images/s {left // 60:.0f}:{left % 60:02.0f} left "
+                if sys.stdout.isatty() or epoch_ends:
+                    print(line, end="\r" if sys.stdout.isatty() and not stopping else "\n", flush=True)
+            early = [steps_per_epoch >> n for n in range(1, 6)]  # where most happens
+            if (step % args.sample_every == 0) if args.sample_every else (epoch_ends or step in early):
+                imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed)))
+            if epoch_ends or stopping:
+                state = {name: part.state_dict() for name, part in parts.items()} | {"script": "mlp_gan", "args": flags}
+                state |= {"step": step, "epoch": epoch + epoch_ends, "z_fixed": z_fixed, "rng": torch.get_rng_state()}
+                gradients = torch.cat([gradients, D[-2].weight.grad.cpu()])[: epoch + epoch_ends]  # of whole epochs
+                save_atomically(out / "checkpoint.pt", state | {"gradients": gradients})
+                save_plots(out, gradients)
+            if epoch_ends and args.snapshot_every and (epoch + 1) % args.snapshot_every == 0:
+                state = {"script": "mlp_gan", "args": flags, "epoch": epoch + 1, "G": G_ema.module.state_dict()}
+                save_atomically(out / "generators" / f"epoch_{epoch + 1:03d}.pt", state)
+            if stopping:
+                break
+    finally:  # at the end, after Ctrl-C, and after a fault
+        signal.signal(signal.SIGINT, ctrl_c)
+        save_plots(out, gradients)
+        paths = sorted(out.glob("samples/*.png"), key=lambda path: int(path.stem))
+        frames = [imageio.imread(path) for path in paths[:: len(paths) // 60 + 1] + paths[-1:] * 10]  # the last is held
+        (out / "samples.gif").write_bytes(imageio.mimwrite("<bytes>", frames, format="gif", duration=200, loop=0))
+    print(f"Step {step} of {last_step}. Look at {out}/samples.gif, losses.png and gradients.png.")
+
+def main(argv=None):
+    """Run the script. Returns the exit code: 2 for bad use, 1 for a fault, each told in one sentence."""
+    try:
+        args = parse_args(argv)
+        generate(args) if args.sample else train(args)
+    except (Fault, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        print("mlp_gan.py:", str(error).partition("\n")[0] or "not enough memory", file=sys.stderr)
+        return 2 if isinstance(error, Misuse) else 1
+    return 0
+
+if __name__ == "__main__":
+    sys.exit(main())
