@@ -142,7 +142,7 @@ def parse_args(argv=None):
     run, data, model, adam, trick = (parser.add_argument_group(group).add_argument for group in groups)
     run("--epochs", type=count, help="passes over the data, in all (10, or more: as many as make 9,000 steps)")
     run("--max-steps", type=count, help="stop after so many generator updates, if that comes first")
-    run("--batch-size", type=count, default=64, help="pictures in a batch (%(default)s)")
+    run("--batch-size", type=number(int, 2), default=64, help="pictures in a batch (%(default)s)")
     run("--seed", type=number(int, 0, 2**31), default=0, help="of the weights, the noise and the order (%(default)s)")
     run("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
     run("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where the hardware has it")

@@ -5,6 +5,7 @@ import ast
 import csv
 import gzip
 import importlib
+import itertools
 import json
 import math
 import re
@@ -25,18 +26,28 @@ from torch import nn
 
 import common
 import dcgan
+import infogan
 import mlp_gan
+import wgan_gp
 
 HERE = Path(__file__).parent
 TINY = {
     "mlp_gan": ["--hidden", "4", "8", "--latent-dim", "8"],
     "dcgan": ["--hidden-channels", "4", "8", "--depth", "1", "--latent-dim", "8"],
+    "wgan_gp": ["--hidden-channels", "4", "8", "--depth", "1", "--latent-dim", "8", "--critic-steps", "1"],
+    "infogan": ["--hidden-channels", "4", "8", "--depth", "1", "--hidden", "16", "--latent-dim", "8"],
 }
 COMMON_FLAGS = ["dataset", "data_dir", "classes", "background", "img_size"]
 COMMON_FLAGS += ["epochs", "max_steps", "batch_size", "seed", "device", "precision", "compile", "out", "overwrite"]
 COMMON_FLAGS += ["resume", "sample", "log_every", "sample_every", "snapshot_every", "latent_dim", "lr_g", "lr_d"]
 COMMON_FLAGS += ["betas", "adam_eps", "lr_schedule", "clip_grad_norm", "ema"]
 METRICS = ["epoch", "step", "loss_d", "loss_g", "d_real", "d_fake", "grad_norm_d", "grad_norm_g", "images_per_second"]
+OWN = {
+    "mlp_gan": ["acc_real", "acc_fake"],
+    "dcgan": [],
+    "wgan_gp": ["wasserstein", "wasserstein_heldout", "gradient_penalty", "critic_grad_norm"],
+    "infogan": ["info_cat", "info_cont", "code_accuracy", "cluster_error"],
+}
 
 
 @pytest.fixture(params=TINY)
@@ -59,10 +70,10 @@ def digits(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
-    """A --data-dir with 24 small colour pictures, for runs of many short epochs."""
+    """A --data-dir with 26 small colour pictures, for runs of many short epochs: a tenth, 2, may be held out."""
     folder = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
-    for i in range(24):
+    for i in range(26):
         Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(folder / f"{i}.png")
     return str(folder)
 
@@ -73,9 +84,14 @@ def run(script, *flags):
 
 
 def run_on_pictures(script, pictures, out, *flags):
-    """24 pictures in batches of 8: 3 steps an epoch."""
+    """24 pictures, or 26, in batches of 8: 3 steps an epoch."""
     few = ["--dataset", "folder", "--data-dir", pictures, "--img-size", 8, "--batch-size", 8]
     return run(script, *few, "--log-every", 2, "--out", out, *flags)
+
+
+def judge(script):
+    """The class that tells real from fake."""
+    return script.Critic if script is wgan_gp else script.Discriminator
 
 
 def checkpoint(out):
@@ -105,7 +121,8 @@ def test_one_step_writes_everything(script, digits):
     names = {path.name for path in out.iterdir()}
     assert {"args.json", "log.csv", "losses.png", "real.png", "samples", "samples.gif", "checkpoint.pt"} <= names
     (row,) = log(out)
-    assert list(row)[: len(METRICS)] == METRICS
+    metrics = [name for name in METRICS if name not in ("d_real", "d_fake")] if script is wgan_gp else METRICS
+    assert list(row) == metrics + OWN[script.__name__]
     assert (row["epoch"], row["step"]) == ("1", "1")
     assert all(math.isfinite(float(value)) for value in row.values())
     flags = json.loads((out / "args.json").read_text())
@@ -121,22 +138,20 @@ def test_one_step_changes_every_weight_of_both_networks(script, digits):
     flags = [*TINY[script.__name__], "--data-dir", digits]
     before = {}
 
-    def keep(name):
-        original = getattr(script, name).__init__
-
+    def keep(part, original):
         def init(self, *args, **kwargs):
             original(self, *args, **kwargs)
-            before[name] = {key: value.clone() for key, value in self.named_parameters()}
+            before[part] = {key: value.clone() for key, value in self.named_parameters()}
 
         return init
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("Generator", "Discriminator"):
-            patch.setattr(getattr(script, name), "__init__", keep(name))
+        for part, network in (("G", script.Generator), ("D", judge(script))):
+            patch.setattr(network, "__init__", keep(part, network.__init__))
         script.main([*flags, "--max-steps", "1", "--out", "again"])
     after = checkpoint("again")
-    for name, part in (("Generator", "G"), ("Discriminator", "D")):
-        for key, value in before[name].items():
+    for part in ("G", "D"):
+        for key, value in before[part].items():
             assert not torch.equal(value, after[part][key]), f"{part}.{key} did not move"
 
 
@@ -185,13 +200,11 @@ def test_the_common_flags_are_there(script):
 
 def same_run(one, two):
     """Equal log.csv but for speed, and equal weights, optimisers and noise."""
-    assert [[*row.values()][:8] + [*row.values()][9:] for row in log(one)] == [
-        [*row.values()][:8] + [*row.values()][9:] for row in log(two)
-    ]
+    assert [row | {"images_per_second": 0} for row in log(one)] == [row | {"images_per_second": 0} for row in log(two)]
     flat_one, flat_two = flatten(checkpoint(one)), flatten(checkpoint(two))
     assert flat_one.keys() == flat_two.keys()
     for name, value in flat_one.items():
-        assert torch.equal(value, flat_two[name]), name
+        assert np.array_equal(value, flat_two[name], equal_nan=True), name  # cluster_error is nan without labels
 
 
 def flatten(state, prefix=""):
@@ -252,15 +265,15 @@ def test_a_run_never_writes_over_another(script, pictures, capsys):
 
 def test_ctrl_c_finishes_the_step_saves_and_can_be_resumed(script, pictures, monkeypatch):
     run_on_pictures(script, pictures, "whole", "--epochs", 2)
-    calls = []
+    calls, generator_loss = [], script.generator_loss
 
     def interrupt(*args):
         calls.append(args)
         if len(calls) == 4:
             signal.raise_signal(signal.SIGINT)
-        return common.to_batch(*args)
+        return generator_loss(*args)
 
-    monkeypatch.setattr(script, "to_batch", interrupt)
+    monkeypatch.setattr(script, "generator_loss", interrupt)
     before = signal.getsignal(signal.SIGINT)
     assert run_on_pictures(script, pictures, "parts", "--epochs", 2) == 0
     assert signal.getsignal(signal.SIGINT) is before
@@ -326,6 +339,7 @@ def test_a_checkpoint_that_cannot_be_used(script, pictures, capsys, name, action
     [
         (["--epochs", "0"], "--epochs"),
         (["--batch-size", "many"], "--batch-size"),
+        (["--batch-size", "1"], "--batch-size"),
         (["--lr-g", "nan"], "--lr-g"),
         (["--seed", "-1"], "--seed"),
         (["--dataset", "cats"], "--dataset"),
@@ -372,6 +386,13 @@ def test_small_data_and_single_leftovers(script, pictures):
     assert checkpoint("s")["step"] == 1
 
 
+def test_two_pictures_are_enough(script, tmp_path):
+    for i in range(2):
+        Image.new("RGB", (8, 8), (90 * i, 9, 200)).save(tmp_path / f"{i}.png")
+    assert run_on_pictures(script, tmp_path, "r", "--max-steps", 2, "--log-every", 1) == 0
+    assert checkpoint("r")["step"] == 2
+
+
 def test_snapshots_and_sample_grids(script, pictures):
     run_on_pictures(script, pictures, "r", "--epochs", 4, "--snapshot-every", 2, "--sample-every", 5)
     assert sorted(path.name for path in Path("r/generators").iterdir()) == ["epoch_002.pt", "epoch_004.pt"]
@@ -381,6 +402,20 @@ def test_snapshots_and_sample_grids(script, pictures):
     assert snapshot["epoch"] == 4
     for name, value in snapshot["G"].items():  # the weights that samples come from
         assert torch.equal(value, checkpoint("r")["G_ema"][f"module.{name}"])
+
+
+def test_g_step_freezes_d(script, pictures, monkeypatch):
+    forwards, network = [], judge(script)
+
+    def forward(self, x, original=network.forward):
+        if self.training:
+            forwards.append((x.requires_grad, {p.requires_grad for p in self.parameters()}))
+        return original(self, x)
+
+    monkeypatch.setattr(network, "forward", forward)
+    run_on_pictures(script, pictures, "r", "--max-steps", 1, "--log-every", 1)
+    d_step = [(False, {True})] * 2 + [(True, {True})] * (script is wgan_gp)  # real, fake, and between them
+    assert forwards[: len(d_step) + 1] == [*d_step, (True, {False})]  # then fake for G
 
 
 def test_the_seed_decides(script, pictures):
@@ -567,18 +602,6 @@ def test_dcgan_losses_against_hand_computed_numbers():
     assert far.grad.item() == -1  # no vanishing gradient while D is sure
 
 
-def test_g_step_freezes_d(script, pictures, monkeypatch):
-    forwards = []
-
-    def forward(self, x, original=script.Discriminator.forward):
-        forwards.append((x.requires_grad, {p.requires_grad for p in self.parameters()}))
-        return original(self, x)
-
-    monkeypatch.setattr(script.Discriminator, "forward", forward)
-    run_on_pictures(script, pictures, "r", "--max-steps", 1)
-    assert forwards == [(False, {True}), (False, {True}), (True, {False})]  # real, fake, and fake for G
-
-
 def test_dcgan_bf16_only_where_asked_or_native(pictures):
     for precision, words in (("fp32", "cpu, fp32"), ("bf16", "cpu, bf16")):
         flags = ["--precision", precision, "--device", "cpu", "--max-steps", 1]
@@ -727,7 +750,7 @@ def test_instance_noise_is_on_all_that_d_sees_and_falls_to_zero(pictures, monkey
     flags = ["--epochs", 4, "--precision", "fp32"]
     run_on_pictures(dcgan, pictures, "r", *flags, "--instance-noise", 0.5, "--overwrite")
     real = common.load_data("folder", pictures, 8).images
-    order = torch.cat([common.epoch_order(24, 8, 0, epoch) for epoch in range(4)])
+    order = torch.cat([common.epoch_order(26, 8, 0, epoch) for epoch in range(4)])
     for step in (1, 6, 12):
         noise = seen["x"][3 * step - 3] - common.to_batch(real, order[step - 1])
         assert abs(noise.std().item() - 0.5 * (1 - step / 12)) < 0.02
@@ -890,6 +913,399 @@ def test_kill_9_leaves_a_checkpoint_that_resumes(pictures):
     assert step >= 6
     assert dcgan.main(["--out", "r", "--resume", "--epochs", str(step // 3 + 1)]) == 0
     assert checkpoint("r")["step"] == step // 3 * 3 + 3
+
+
+# wgan_gp.py
+
+
+class Linear(nn.Module):
+    """D(x) = w.x, whose slope is |w| everywhere."""
+
+    def __init__(self, w):
+        super().__init__()
+        self.w = nn.Parameter(w)
+
+    def forward(self, x):
+        return (x * self.w).sum((1, 2, 3))
+
+
+def test_gradient_penalty_of_a_linear_critic_is_the_distance_of_its_slope_from_one():
+    torch.manual_seed(0)
+    for scale in (0.01, 1, 3):
+        w = scale * torch.randn(2, 5, 5)
+        for batch in (1, 3, 64):
+            x_real, x_fake = torch.randn(2, batch, 2, 5, 5)
+            penalty = wgan_gp.gradient_penalty(Linear(w), x_real, x_fake)
+            assert penalty.shape == ()
+            assert penalty.item() == pytest.approx((w.norm().item() - 1) ** 2, rel=1e-5, abs=1e-5)
+
+
+def test_the_norm_is_over_all_values_of_one_picture():
+    """D(x) = sum of x^2 / 2 has the gradient x, so that the slopes are the lengths of the mixed pictures."""
+    x = torch.arange(1.0, 4).view(3, 1, 1, 1).expand(3, 2, 4, 4)  # lengths 1, 2 and 3 times the root of 32
+    slopes = wgan_gp.slopes(lambda x: x.square().sum((1, 2, 3)) / 2, x, x)
+    assert torch.allclose(slopes, 32**0.5 * torch.arange(1.0, 4))
+
+
+def test_alpha_is_one_uniform_number_a_picture():
+    torch.manual_seed(0)
+    seen = []
+
+    def critic(x):
+        seen.append(x.detach().clone())
+        return x.sum((1, 2, 3))
+
+    wgan_gp.gradient_penalty(critic, torch.ones(4000, 3, 2, 2), torch.zeros(4000, 3, 2, 2))
+    alpha = seen[0].flatten(1)
+    assert (alpha == alpha[:, :1]).all()
+    alpha = alpha[:, 0].sort().values
+    assert (alpha - torch.linspace(0, 1, 4000)).abs().max() < 0.04  # uniform in [0, 1]
+
+
+def test_a_critic_without_slope_gives_finite_gradients():
+    critic = Linear(torch.zeros(1, 4, 4))
+    penalty = wgan_gp.gradient_penalty(critic, *torch.randn(2, 8, 1, 4, 4))
+    penalty.backward()
+    assert penalty.item() == pytest.approx(1, abs=1e-5)
+    assert torch.isfinite(critic.w.grad).all()
+    flat = wgan_gp.Critic(8, 1, [4, 4])
+    nn.init.zeros_(flat.score.weight)
+    wgan_gp.gradient_penalty(flat, *torch.randn(2, 8, 1, 8, 8)).backward()
+    assert all(torch.isfinite(p.grad).all() for p in flat.parameters())
+
+
+def test_wgan_losses_against_hand_computed_numbers():
+    real, fake = torch.tensor([2.0, 4.0]), torch.tensor([-1.0, 0.5])
+    assert wgan_gp.critic_loss(real, fake).item() == -0.25 - 3
+    assert wgan_gp.generator_loss(fake).item() == 0.25
+
+
+@pytest.mark.parametrize("arch", ["conv", "resnet"])
+@pytest.mark.parametrize("norm", ["none", "layer"])
+@pytest.mark.parametrize("lipschitz", ["gp", "clip", "spectral"])
+def test_wgan_shapes_and_no_batch_norm_in_the_critic(arch, norm, lipschitz):
+    args = wgan_gp.parse_args(["--arch", arch, "--critic-norm", norm, "--lipschitz", lipschitz, "--latent-dim", "7"])
+    args.img_size, args.img_channels, args.hidden_channels, args.depth = 24, 2, [3, 4, 5], 2
+    G, D = wgan_gp.build(args)
+    x = G(torch.randn(5, 7))
+    assert x.shape == (5, 2, 24, 24)
+    assert x.abs().max() <= 1
+    assert D(x).shape == (5,)
+    assert D(x[:1]).shape == (1,)
+    assert not any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in D.modules())
+    assert any(isinstance(layer, nn.GroupNorm) for layer in D.modules()) == (norm == "layer")
+    assert any(isinstance(layer, wgan_gp.ResBlock) for layer in [*G.modules(), *D.modules()]) == (arch == "resnet")
+    D.eval()
+    assert torch.allclose(D(x)[:1], D(x[:1]), atol=1e-5)  # no picture depends on the others
+
+
+def test_resblock_doubles_or_halves_around_its_skip_connection():
+    x = torch.randn(2, 3, 8, 8)
+    up = wgan_gp.ResBlock(3, 5, nn.BatchNorm2d, up=[nn.Upsample(scale_factor=2)])
+    down = wgan_gp.ResBlock(3, 5, lambda channels: nn.Identity(), down=[nn.AvgPool2d(2)])
+    assert up(x).shape == (2, 5, 16, 16)
+    assert down(x).shape == (2, 5, 4, 4)
+    nn.init.zeros_(down.main[5].weight)
+    nn.init.zeros_(down.main[5].bias)
+    assert torch.equal(down(x), down.skip(x))
+    before = x.clone()
+    down(x)
+    assert torch.equal(x, before)  # the first ReLU must not change what the skip connection takes
+
+
+@pytest.mark.parametrize("size", [27, 30])
+def test_wgan_refuses_sizes_that_it_cannot_make(size):
+    with pytest.raises(common.Fault, match="multiple"):
+        wgan_gp.Generator(7, size, 1, [4, 4])
+
+
+def test_clipping_holds_every_weight_within_the_bound(pictures):
+    run_on_pictures(wgan_gp, pictures, "r", "--max-steps", 2, "--lipschitz", "clip", "--clip-value", 0.02)
+    state = checkpoint("r")
+    assert max(value.abs().max() for value in state["D"].values()) <= 0.02
+    assert max(value.abs().max() for value in state["G"].values()) > 0.02
+    assert "square_avg" in state["opt_d"]["state"][0]  # RMSprop, as in the paper
+
+
+def test_spectral_normalisation_holds_the_largest_singular_value_at_one(pictures):
+    run_on_pictures(wgan_gp, pictures, "r", "--epochs", 20, "--lipschitz", "spectral", "--lr-d", 1e-3)
+    D = wgan_gp.build(argparse.Namespace(**checkpoint("r")["args"]))[1]
+    D.load_state_dict(checkpoint("r")["D"])
+    D.eval()
+    layers = [layer for layer in D.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    assert len(layers) == 3
+    for layer in layers:
+        assert torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item() == pytest.approx(1, abs=0.1)
+
+
+def test_gp_draws_the_slope_towards_one(pictures):
+    run_on_pictures(wgan_gp, pictures, "r", "--epochs", 60, "--lr-d", 5e-3, "--lr-g", 0, "--betas", 0, 0.9)
+    assert 0.7 < float(log("r")[-1]["critic_grad_norm"]) < 1.3
+    run_on_pictures(wgan_gp, pictures, "s", "--epochs", 60, "--lr-d", 5e-3, "--lr-g", 0, "--gp-weight", 0)
+    assert float(log("s")[-1]["critic_grad_norm"]) > 3
+
+
+def test_each_step_makes_exactly_critic_steps_updates_on_new_pictures_and_fresh_noise(pictures, monkeypatch):
+    seen, critic_loss, backward = [], wgan_gp.critic_loss, torch.Tensor.backward
+    forward, fakes, with_gradient = wgan_gp.Generator.forward, [], []
+
+    def record(self, z):
+        fakes.append(z)
+        x = forward(self, z)
+        with_gradient.append(x.requires_grad)
+        return x
+
+    G_grads = []
+
+    def spy(*scores):
+        seen.append(scores)
+        return critic_loss(*scores)
+
+    def check(loss, *args):
+        backward(loss, *args)
+        G_grads.append(len([p for p in generators[0].parameters() if p.grad is not None and p.grad.abs().sum() > 0]))
+
+    generators, init = [], wgan_gp.Generator.__init__
+    monkeypatch.setattr(wgan_gp.Generator, "__init__", lambda self, *a: (init(self, *a), generators.append(self))[0])
+    monkeypatch.setattr(wgan_gp.Generator, "forward", record)
+    monkeypatch.setattr(wgan_gp, "critic_loss", spy)
+    monkeypatch.setattr(torch.Tensor, "backward", check)
+    flags = ["--critic-steps", 3, "--batch-size", 4, "--epochs", 1, "--log-every", 100, "--sample-every", 100]
+    run_on_pictures(wgan_gp, pictures, "r", *flags)
+    assert checkpoint("r")["step"] == 2  # 24 pictures for training are 2 steps of 3 x 4
+    assert len(seen) == 6
+    in_training = [i for i, z in enumerate(fakes) if len(z) == 4]
+    assert [with_gradient[i] for i in in_training] == [False, False, False, True] * 2
+    noise = torch.stack([fakes[i] for i in in_training])
+    assert len(noise.flatten(1).unique(dim=0)) == 8  # fresh for each of them
+    assert G_grads[:3] == [0, 0, 0]
+    assert G_grads[3] > 0
+    steps = {int(state["step"]) for state in checkpoint("r")["opt_d"]["state"].values()}
+    assert steps == {6}
+
+
+def test_held_out_pictures_are_never_trained_on(pictures, monkeypatch):
+    used, held = set(), []
+
+    def to_batch(images, index, device):
+        (used.update if len(index) == 8 else held.append)(index.tolist())
+        return common.to_batch(images, index, device)
+
+    monkeypatch.setattr(wgan_gp, "to_batch", to_batch)
+    run_on_pictures(wgan_gp, pictures, "r", "--epochs", 3)
+    assert len(used) == 24
+    assert {tuple(index) for index in held} == {tuple(held[0])}
+    assert set(held[0]) == set(range(26)) - used
+
+
+def test_the_logged_estimate_is_of_the_critic_as_it_is(pictures):
+    run_on_pictures(wgan_gp, pictures, "r", "--max-steps", 1, "--log-every", 1, "--lr-d", 0, "--precision", "fp32")
+    (row,) = log("r")
+    loss = -float(row["wasserstein"]) + 10 * float(row["gradient_penalty"])
+    assert loss == pytest.approx(float(row["loss_d"]), rel=0.05)  # but for other points between real and fake
+
+
+def test_wgan_compiles_the_critic_only_where_it_is_not_differentiated_twice(pictures, monkeypatch):
+    wrapped = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: wrapped.append(type(self).__name__))
+    for lipschitz, names in (("gp", ["Generator"]), ("clip", ["Generator", "Critic"])):
+        run_on_pictures(wgan_gp, pictures, lipschitz, "--max-steps", 1, "--compile", "--lipschitz", lipschitz)
+        assert wrapped == names
+        wrapped.clear()
+
+
+def test_the_penalty_in_bf16_is_that_of_fp32():
+    torch.manual_seed(0)
+    critic = wgan_gp.Critic(28, 1, [16, 32], 2).to(memory_format=torch.channels_last)
+    x_real, x_fake = torch.rand(2, 64, 1, 28, 28) * 2 - 1
+    found = {}
+    for bf16 in (False, True):
+        torch.manual_seed(1)
+        critic.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            penalty = wgan_gp.gradient_penalty(critic, x_real, x_fake)
+        penalty.backward()
+        found[bf16] = penalty.item(), torch.cat([p.grad.flatten() for p in critic.parameters() if p.grad is not None])
+    assert found[True][0] == pytest.approx(found[False][0], rel=0.01)
+    assert torch.cosine_similarity(found[True][1], found[False][1], dim=0) > 0.99
+
+
+# infogan.py
+
+
+def test_infogan_shapes():
+    args = infogan.parse_args(["--categorical", "3", "4", "--continuous", "2", "--latent-dim", "7"])
+    args.img_size, args.img_channels, args.hidden_channels, args.depth = 12, 2, [4, 5], 2
+    assert args.hidden == 512
+    G, D = infogan.build(args)
+    x = G(torch.randn(5, 7 + 3 + 4 + 2))
+    assert x.shape == (5, 2, 12, 12)
+    assert x.abs().max() <= 1
+    logits, guesses = D(x)
+    assert logits.shape == (5,)
+    assert guesses.shape == (5, 3 + 4 + 2 * 2)
+    assert D.eval()(x[:1])[0].shape == (1,)
+
+
+def test_q_can_be_surer_than_a_softmax_before_the_cross_entropy_allows():
+    c = torch.eye(10)
+    bound = infogan.categorical_bound(20 * c, c)  # right, and sure
+    assert math.log(10) - bound.item() < 1e-4  # a cross-entropy far below 1.46
+    assert math.log(10) - infogan.categorical_bound((20 * c).softmax(1), c).item() > 1.46
+    assert abs(infogan.categorical_bound(torch.zeros(10, 10), c).item()) < 1e-6  # a guess tells nothing
+    D = infogan.Discriminator(14, 8, 1, [4, 8])
+    assert isinstance(D.guess[-1], nn.Linear)
+    assert D(10 * torch.randn(8, 1, 8, 8))[1].sum(1).sub(1).abs().max() > 0.01  # no probabilities
+
+
+def test_the_bound_of_continuous_codes_against_hand_computed_numbers():
+    c = torch.tensor([[0.5, -1.0], [0.0, 1.0]])
+    exact = infogan.continuous_bound(c, torch.zeros(2, 2), c).item()
+    assert exact == pytest.approx(2 * (math.log(2) - 0.918939), abs=1e-5)  # ln 2 - ln(2 pi) / 2 each
+    off = infogan.continuous_bound(c + 0.5, torch.zeros(2, 2), c).item()
+    assert off == pytest.approx(exact - 2 * 0.125, abs=1e-5)
+    sure = infogan.continuous_bound(c, torch.full((2, 2), -2.0), c).item()
+    assert sure == pytest.approx(exact + 2, abs=1e-5)
+
+
+def test_codes_are_uniform():
+    torch.manual_seed(0)
+    c = infogan.draw_codes(20_000, [4, 3], 2)
+    assert c.shape == (20_000, 4 + 3 + 2)
+    for one_hot, size in ((c[:, :4], 4), (c[:, 4:7], 3)):
+        assert (one_hot.sum(1) == 1).all()
+        assert (one_hot.mean(0) - 1 / size).abs().max() < 0.02
+    for values in c[:, 7:].T:
+        assert values.abs().max() <= 1
+        assert (values.sort().values - torch.linspace(-1, 1, 20_000)).abs().max() < 0.03
+    assert torch.corrcoef(c[:, 7:].T)[0, 1].abs() < 0.03
+
+
+def test_information_splits_guesses_and_codes_in_the_same_order():
+    torch.manual_seed(0)
+    c = infogan.draw_codes(50, [4, 3], 2)
+    perfect = torch.cat([50 * c[:, :7], c[:, 7:], torch.full((50, 2), -4.0)], 1)
+    cat, cont = infogan.information(perfect, c, [4, 3], "learned")
+    assert cat.item() == pytest.approx(math.log(4) + math.log(3), abs=1e-4)
+    assert cont.item() == pytest.approx(2 * (math.log(2) - 0.918939 + 2), abs=1e-4)
+    fixed = infogan.information(perfect, c, [4, 3], "fixed")[1].item()
+    assert fixed == pytest.approx(2 * (math.log(2) - 0.918939), abs=1e-4)
+    cat, cont = infogan.information(torch.zeros(50, 3), torch.eye(3).repeat(17, 1)[:50], [3], "fixed")
+    assert (cat.item(), float(cont)) == (pytest.approx(0, abs=1e-6), 0)  # no continuous codes
+
+
+def test_the_matching_is_the_best_one():
+    assert infogan.best_matching([[9, 0, 0], [0, 0, 5], [0, 7, 0]]) == (21, (0, 2, 1))
+    # Taking the largest number first gives 10 + 1 + 1 = 12; the best is 9 + 9 + 1.
+    assert infogan.best_matching([[10, 9, 0], [9, 1, 0], [0, 0, 1]]) == (19, (1, 0, 2))
+    torch.manual_seed(0)
+    for _ in range(20):
+        table = torch.randint(100, (5, 5)).tolist()
+        best = max(sum(table[i][j] for i, j in enumerate(p)) for p in itertools.permutations(range(5)))
+        fit, labels = infogan.best_matching(table)
+        assert fit == best == sum(table[i][j] for i, j in enumerate(labels))
+
+
+def test_the_information_reaches_q_the_trunk_and_g_but_not_the_head_of_d():
+    torch.manual_seed(0)
+    G, D = infogan.Generator(20, 8, 1, [4, 8]), infogan.Discriminator(14, 8, 1, [4, 8])
+    c = infogan.draw_codes(16, [10], 2)
+    for bound in (0, 1):
+        _, guesses = D(G(torch.cat([torch.randn(16, 8), c], 1)))
+        D.zero_grad(), G.zero_grad()
+        infogan.information(guesses, c, [10], "fixed")[bound].backward()
+        for network in (G, D.convs, D.trunk, D.guess):
+            assert all(p.grad.abs().sum() > 0 for p in network.parameters() if p.dim() > 1)
+        assert all(p.grad is None or p.grad.abs().sum() == 0 for p in D.classify.parameters())
+
+
+def test_the_weights_of_the_information_reach_both_steps(pictures, monkeypatch):
+    found, step = [], torch.optim.Adam.step
+
+    def spy(self):
+        found.append(torch.cat([p.grad.flatten() for p in self.param_groups[0]["params"]]))
+        return step(self)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", spy)
+
+    def grads(cat, cont):
+        found.clear()
+        flags = ["--info-weight-cat", cat, "--info-weight-cont", cont, "--precision", "fp32", "--overwrite"]
+        run_on_pictures(infogan, pictures, "r", "--max-steps", 1, *flags)
+        return list(found)
+
+    none = grads(0, 0)
+    for one, two in ((grads(1, 0), grads(2, 0)), (grads(0, 1), grads(0, 2))):
+        difference = one[0] - none[0]  # of D, Q and the trunk, in the first step
+        assert difference.abs().max() > 0
+        assert torch.allclose(two[0] - none[0], 2 * difference, atol=1e-5)
+        assert (one[1] - none[1]).abs().max() > 0  # of G
+
+
+def confident(monkeypatch, table):
+    """A D whose Q says category table[label] for a picture that is filled with its label."""
+
+    def forward(self, x):
+        label = ((x[:, 0, 0, 0] + 1) * 127.5).round().long()
+        return x[:, 0, 0, 0], torch.cat([nn.functional.one_hot(table[label], 10), torch.zeros(len(x), 4)], 1).float()
+
+    monkeypatch.setattr(infogan.Discriminator, "forward", forward)
+    return infogan.Discriminator()
+
+
+def test_cluster_error_and_its_table(tmp_path, monkeypatch):
+    labels = torch.arange(10).repeat(20)
+    data = common.Data(labels.byte().view(-1, 1, 1, 1).expand(-1, 1, 28, 28), labels)
+    shown, args = [], infogan.parse_args(["--out", str(tmp_path)])
+    monkeypatch.setattr("matplotlib.axes.Axes.imshow", lambda self, values, **kwargs: shown.append(values))
+    table = (torch.arange(10) + 3) % 10
+    assert infogan.measure(confident(monkeypatch, table), data, torch.arange(200), args, "cpu") == 0
+    assert shown[0][3, 0] == 20
+    assert (shown[0].sum(), shown[0].diagonal(-3).sum(), shown[0].diagonal(7).sum()) == (200, 140, 60)
+    table[7] = table[1]  # two digits in one category
+    assert infogan.measure(confident(monkeypatch, table), data, torch.arange(200), args, "cpu") == pytest.approx(0.1)
+    data = data._replace(labels=None)
+    assert math.isnan(infogan.measure(confident(monkeypatch, table), data, torch.arange(9), args, "cpu"))
+
+
+def test_the_codes_of_the_digits_are_compared_with_their_factors(digits, monkeypatch):
+    shown = []
+    monkeypatch.setattr("matplotlib.axes.Axes.imshow", lambda self, r, **kwargs: shown.append(r))
+    data = common.load_data("digits", digits)
+    factor = data.factors["slant"]
+
+    def forward(self, x):
+        n = len(x)
+        means = torch.stack([-((factor[forward.at : forward.at + n]) ** 3), torch.randn(n)], 1)
+        forward.at += n
+        return x[:, 0, 0, 0], torch.cat([torch.zeros(n, 10), means, torch.zeros(n, 2)], 1)
+
+    forward.at = 0
+    monkeypatch.setattr(infogan.Discriminator, "forward", forward)
+    args = infogan.parse_args(["--out", "."])
+    infogan.measure(infogan.Discriminator(), data, torch.arange(2000), args, "cpu")
+    names, r = list(data.factors), shown[1]
+    assert r.shape == (2, len(names))
+    assert r[0, names.index("slant")] == pytest.approx(1, abs=1e-4)  # any falling curve is a rank correlation of 1
+    assert r[0, names.index("rotation")] < 0.1
+    assert r[1].max() < 0.1
+
+
+def test_the_sample_grid_has_a_category_a_row(pictures, monkeypatch):
+    run_on_pictures(infogan, pictures, "r", "--max-steps", 1)
+    z = checkpoint("r")["z_fixed"].view(10, 8, -1)
+    assert torch.equal(z[:, :, 8:18].argmax(2), torch.arange(10).view(10, 1).expand(10, 8))
+    others = torch.cat([z[..., :8], z[..., 18:]], 2)
+    assert (others == others[:1]).all()  # noise and continuous codes are those of the column
+    assert len(others[0].unique(dim=0)) == 8
+
+
+@pytest.mark.parametrize("flags", [["--categorical", 3, 2, "--continuous", 1], ["--continuous", 0]])
+def test_infogan_traversals_for_any_codes(pictures, flags):
+    assert run_on_pictures(infogan, pictures, "r", "--max-steps", 1, *flags) == 0
+    assert infogan.main(["--out", "r", "--sample", "3"]) == 0
+    assert imageio.imread("r/traversal.png").shape[1] > 300
+    assert len(imageio.mimread("r/traversal.gif", memtest=False)) == 24
 
 
 # common.py
@@ -1118,7 +1534,7 @@ def test_a_memory_mapped_run_equals_a_resident_one(pictures, monkeypatch, tmp_pa
     same_run("resident", "mapped")
     (cache,) = Path("copy").glob("decoded-*")
     monkeypatch.setattr(common, "decode", None)  # the second time nothing is decoded
-    assert common.load_data("folder", "copy", 8).images.shape == (24, 3, 8, 8)
+    assert common.load_data("folder", "copy", 8).images.shape == (26, 3, 8, 8)
 
 
 def test_the_decoded_file_is_keyed_by_what_went_in_and_whole_or_not_there(tmp_path, monkeypatch):

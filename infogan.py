@@ -1,0 +1,463 @@
+r"""InfoGAN, of Chen et al. 2016, arXiv 1606.03657: codes that come to mean something, without labels.
+
+G gets noise z and a code c: a category of ten, and two numbers. A third network Q, D's but for the last layers,
+guesses c from the picture. G is rewarded if Q guesses right, so that c has to show in the picture: category
+and digit, number and slant. The reward is a lower bound of the mutual information I, since for any Q(c|x)
+
+    I(c; G(z, c)) = H(c) - H(c|x) = H(c) + E log P(c|x) >= H(c) + E log Q(c|x) = L
+
+    D and Q maximise  log D(x) + log(1 - D(G(z, c))) + weight L
+    G maximises       log D(G(z, c)) + weight L
+
+Perfect guesses of the category make L = ln 10 = 2.303 nats. loss_d and loss_g in the log are without L.
+
+    python infogan.py                           # the built-in digits, no download
+    python infogan.py --dataset mnist --epochs 20
+
+What changes from dcgan.py: codes, Q, L; and what the codes mean is measured, on pictures kept from training and with
+labels that nothing was trained on: cluster_error in the log, factors.png.
+Where this differs from the paper: TODO
+"""
+import argparse
+import json
+import math
+import signal
+import sys
+import time
+from functools import cache
+from pathlib import Path
+
+import imageio.v2 as imageio
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+from torch.nn.functional import cross_entropy, one_hot, softplus
+from torch.optim.swa_utils import AveragedModel
+from common import DATASETS, Fault, Misuse, epoch_order, fixed_noise, grid, load_data, sample, save_atomically, to_batch
+
+class Generator(nn.Module):
+    """z and c (B, inputs) -> image (B, img_channels, img_size, img_size) in [-1, 1]; shapes below are of the defaults.
+
+    hidden_channels are listed from the image inwards. Raises Fault if img_size cannot be halved once for each of them.
+    """
+    def __init__(self, inputs=28, img_size=28, img_channels=1, hidden_channels=(64, 128), depth=1, hidden=512):
+        super().__init__()
+        factor = 2 ** len(hidden_channels)
+        if factor == 1 or img_size % factor:
+            raise Fault(f"--img-size {img_size} is not a multiple of {max(factor, 2)}: each hidden channel halves it.")
+        *rest, channels = hidden_channels
+        self.start = (img_size // factor, img_size // factor, channels)
+        layers = [nn.Linear(inputs, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(True)]  # (B, 512)
+        self.project = nn.Sequential(*layers, nn.Linear(hidden, math.prod(self.start), bias=False))
+        layers = []  # (B, 128, 7, 7)
+        for width in [*reversed(rest), img_channels]:  # (B, 64, 14, 14), (B, 1, 28, 28)
+            convs = [nn.Conv2d(channels, channels, 3, 1, 1, bias=False) for _ in range(depth - 1)]
+            for conv in [*convs, nn.ConvTranspose2d(channels, width, 4, 2, 1, bias=False)]:
+                layers += [nn.BatchNorm2d(channels), nn.ReLU(True), conv]
+            channels = width
+        self.layers = nn.Sequential(*layers, nn.Tanh())
+
+    def forward(self, z):
+        x = self.project(z).view(-1, *self.start)  # (B, 7, 7, 128)
+        return self.layers(x.permute(0, 3, 1, 2))  # channels last in memory, as the convolutions want them
+
+class Discriminator(nn.Module):
+    """image (B, img_channels, img_size, img_size) -> logit l (B,) of D(x) = sigmoid(l), and Q's guesses (B, guesses).
+
+    The guesses are, one after the other: a logit for each category of each categorical code, no softmax; a mean for
+    each continuous code; and the logarithm of its variance.
+    """
+    def __init__(self, guesses=14, img_size=28, img_channels=1, hidden_channels=(64, 128), depth=1, hidden=512,
+                 norm="batch"):  # fmt: skip
+        super().__init__()
+        norm_1d, norm_2d = (nn.BatchNorm1d, nn.BatchNorm2d) if norm == "batch" else [lambda size: nn.Identity()] * 2
+        layers, channels = [], img_channels
+        for width in hidden_channels:  # (B, 64, 14, 14), (B, 128, 7, 7)
+            for stride in [2] + [1] * (depth - 1):
+                norm = norm_2d(width) if layers else nn.Identity()  # no batch norm on the first
+                layers += [nn.Conv2d(channels, width, 2 + stride, stride, 1), norm, nn.LeakyReLU(0.2, True)]
+                channels = width
+        self.convs, size = nn.Sequential(*layers), (img_size // 2 ** len(hidden_channels)) ** 2 * channels
+        self.trunk = nn.Sequential(nn.Linear(size, hidden), norm_1d(hidden), nn.LeakyReLU(0.2, True))  # (B, 512)
+        self.classify = nn.Linear(hidden, 1)
+        layers = [nn.Linear(hidden, 128), norm_1d(128), nn.LeakyReLU(0.2, True)]
+        self.guess = nn.Sequential(*layers, nn.Linear(128, guesses))  # Q
+
+    def forward(self, x):
+        x = self.convs(x).permute(0, 2, 3, 1).flatten(1)  # (B, 7 * 7 * 128), in the order in which they lie in memory
+        x = self.trunk(x)  # (B, 512), what D and Q share
+        return self.classify(x).squeeze(1).float(), self.guess(x).float()  # (B,), (B, guesses)
+
+def discriminator_loss(logits_real, logits_fake):
+    """-log D(x) - log(1 - D(G(z))): -log sigmoid(l) = softplus(-l), and -log(1 - sigmoid(l)) = softplus(l)."""
+    return softplus(-logits_real).mean() + softplus(logits_fake).mean()
+
+def generator_loss(logits_fake):
+    """-log D(G(z)) = softplus(-l). Its gradient is large while D sees through G."""
+    return softplus(-logits_fake).mean()
+
+def categorical_bound(logits, c):
+    """H(c) + E log Q(c|x) in nats, logits (B, K), c one-hot (B, K), K categories equally likely: at most ln K."""
+    return math.log(c.shape[1]) - cross_entropy(logits, c)
+
+def continuous_bound(mean, log_variance, c):
+    """H(c) + E log Q(c|x) in nats for c uniform in [-1, 1] and Q normal, all (B, C), summed over the C codes."""
+    log_q = -((c - mean) ** 2 / log_variance.exp() + log_variance + math.log(2 * math.pi)) / 2
+    return (math.log(2) + log_q).mean(0).sum()
+
+def information(guesses, c, sizes, variance):
+    """The bound for the categorical codes of these sizes, summed, and for the continuous ones, by Q's guesses."""
+    *logits, mean, log_variance = guesses.split([*sizes, *[(guesses.shape[1] - sum(sizes)) // 2] * 2], 1)
+    *categories, codes = c.split([*sizes, mean.shape[1]], 1)
+    log_variance = log_variance if variance == "learned" else torch.zeros_like(mean)
+    return sum(map(categorical_bound, logits, categories)), continuous_bound(mean, log_variance, codes)
+
+def draw_codes(n, sizes, continuous, device="cpu"):
+    """c (n, sum(sizes) + continuous): a random category, one-hot, for each of sizes, then numbers from [-1, 1]."""
+    categories = [one_hot(torch.randint(size, (n,), device=device), size) for size in sizes]
+    return torch.cat([*categories, 2 * torch.rand(n, continuous, device=device) - 1], 1)
+
+def best_matching(table):
+    """How many pictures of table (categories, labels), a list of lists, fit the best one-to-one matching, and the label
+    of each category. Exact: each set of labels is matched with the last categories once, in the best way.
+    """
+    @cache
+    def best(free):  # a frozen set of labels
+        ways = ((best(free - {label}), table[-len(free)][label], label) for label in free)
+        return max(((fit + n, (label, *labels)) for (fit, labels), n, label in ways), default=(0, ()))
+    return best(frozenset(range(len(table))))
+
+def number(kind, low, high=math.inf):
+    """A type for argparse: an int or a float from low to high."""
+    def parse(text):
+        if low <= kind(text) <= high:
+            return kind(text)
+        raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+    return parse
+
+def parse_args(argv=None):
+    """The flags; and args.given, where those that do not stand in argv are None."""
+    parser = argparse.ArgumentParser(description="InfoGAN, arXiv 1606.03657. In brackets: the defaults.")
+    count, share, amount = number(int, 1), number(float, 0, 1), number(float, 0)
+    groups = ("run", "data", "model", "optimiser", "information")
+    run, data, model, adam, info = (parser.add_argument_group(group).add_argument for group in groups)
+    run("--epochs", type=count, help="passes over the data, in all (10, or more: as many as make 9,000 steps)")
+    run("--max-steps", type=count, help="stop after so many generator updates, if that comes first")
+    run("--batch-size", type=number(int, 2), default=64, help="pictures in a batch (%(default)s)")
+    run("--seed", type=number(int, 0, 2**31), default=0, help="of the weights, the noise and the order (%(default)s)")
+    run("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
+    run("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where the hardware has it")
+    run("--compile", action="store_true", help="torch.compile both networks: slow to start, for GPUs only")
+    run("--out", help="the folder of the run (runs/infogan-DATASET)")
+    run("--overwrite", action="store_true", help="replace the run that is in the folder")
+    run("--resume", action="store_true", help="go on with the run that is in the folder, by its flags, to --epochs")
+    run("--sample", type=count, metavar="N", help="train nothing: write N pictures with the folder's checkpoint")
+    run("--log-every", type=count, default=50, help="steps from one row of log.csv to the next (%(default)s)")
+    run("--sample-every", type=count, help="steps from one sample grid to the next (an epoch, and fewer in the first)")
+    run("--snapshot-every", type=count, help="epochs from one copy of G in generators/ to the next (none)")
+    data("--dataset", choices=list(DATASETS), default="digits", help="folder: your own pictures (%(default)s)")
+    data("--data-dir", default="data", help="where the data is, or is downloaded to (%(default)s)")
+    data("--classes", type=int, nargs="+", help="only the pictures with these labels (all)")
+    data("--background", default="white", help="what transparent pictures are laid on (%(default)s)")
+    data("--img-size", type=count, help="resize the pictures to this (the size of the data; 64 for folder)")
+    model("--latent-dim", type=count, default=16, help="how many numbers z has (%(default)s)")
+    model("--hidden-channels", type=count, nargs="+", help="from the image inwards (32 64 ... / depth, to about 8x8)")
+    model("--hidden", type=count, default=512, help="width of G's first layer and of the last shared one (%(default)s)")
+    model("--depth", type=count, help="convolutions at each resolution, the extra ones 3x3 (1; under 64x64 2)")
+    adam("--lr-g", type=share, default=1e-3, help="Adam's rate for G (%(default)s)")
+    adam("--lr-d", type=share, default=2e-4, help="Adam's rate for D and Q (%(default)s)")
+    adam("--betas", type=number(float, 0, 0.9999), nargs=2, default=[0.5, 0.999], help="Adam's memory (0.5 0.999)")
+    adam("--adam-eps", type=share, default=1e-8, help="Adam's epsilon (%(default)s)")
+    adam("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: down to 0 at the last step")
+    adam("--clip-grad-norm", type=amount, help="scale the gradients of a network down to this L2 norm (off)")
+    adam("--ema", type=share, default=0.999, help="samples: from G's weights averaged with this decay (%(default)s)")
+    model("--d-norm", choices=["batch", "none"], default="batch", help="in D, Q and their trunk (%(default)s)")
+    info("--categorical", type=number(int, 2), nargs="+", default=[10], help="categories of each categorical code (10)")
+    info("--continuous", type=number(int, 0), default=2, help="how many continuous codes (%(default)s)")
+    info("--continuous-variance", choices=["fixed", "learned"], default="fixed", help="Q's for these; fixed: 1 (fixed)")
+    info("--info-weight-cat", type=amount, default=1, help="of the bound for the categories (%(default)s)")
+    info("--info-weight-cont", type=amount, default=0.3, help="of the bound for the continuous codes (%(default)s)")
+    args = parser.parse_args(argv)
+    args.given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args))))
+    args.out = args.out or f"runs/infogan-{args.dataset}"
+    return args
+
+def pick_device(args):
+    """The device, and whether to compute in bfloat16 there: where that is not native it is slow. Raises Misuse."""
+    best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    try:
+        device = torch.zeros(1, device=best if args.device == "auto" else args.device).device
+    except (RuntimeError, AssertionError) as error:
+        raise Misuse(f"--device {args.device} cannot be used here: {str(error).partition('.')[0]}.") from error
+    has = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    native = any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    native = native or (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
+    return device, args.precision == "bf16" or (args.precision == "auto" and native)
+
+def open_run(args):
+    """The checkpoint in args.out, its flags put into args; None for a new run. Raises Misuse or Fault."""
+    path = Path(args.out) / "checkpoint.pt"
+    if path.with_name("args.json").exists() and not (args.resume or args.sample or args.overwrite):
+        raise Misuse(f"{args.out} holds a run: --resume continues it, --overwrite replaces it, --out avoids it.")
+    if not (args.resume or args.sample):
+        return None
+    try:
+        run = torch.load(path, map_location="cpu", weights_only=True)
+        script, flags = run["script"], run["args"]
+    except Exception as error:  # torch.load raises many kinds for a file that is not a checkpoint
+        raise Fault(f"{path} is missing or damaged: name another folder, or start with --overwrite.") from error
+    if script != "infogan":
+        raise Misuse(f"{path} is a run of {script}.py: resume it with that, or name another folder with --out.")
+    free = {"epochs", "max_steps", "device", "data_dir", "out", "overwrite", "resume", "sample", args.sample and "seed"}
+    for name, value in flags.items():
+        if getattr(args.given, name, None) is None:
+            setattr(args, name, None if name == "max_steps" else value)
+        elif getattr(args, name) != value and name not in free:
+            raise Misuse(f"--{name.replace('_', '-')} contradicts the run in {args.out}, which has {value}: omit it.")
+    return run
+
+def build(args):
+    """G and D as the flags say."""
+    shape, n = (args.img_size, args.img_channels, args.hidden_channels, args.depth, args.hidden), sum(args.categorical)
+    inputs, guesses = args.latent_dim + n + args.continuous, n + 2 * args.continuous
+    return Generator(inputs, *shape), Discriminator(guesses, *shape, args.d_norm)
+
+def measure(D, data, held_out, args, device):
+    """The error of the first categorical code as a classifier of the pictures at held_out; nan if they have no labels.
+
+    Draws factors.png: the table of categories and labels, and what the continuous codes have to do with the factors.
+    """
+    first, means, error, maps = args.categorical[0], slice(sum(args.categorical), -args.continuous), math.nan, []
+    D.eval()
+    with torch.no_grad():
+        guesses = torch.cat([D(to_batch(data.images, i, device))[1].cpu() for i in held_out.split(500)])
+    D.train()
+    n = max(first, data.labels.max().item() + 1) if data.labels is not None else math.inf
+    if n <= 16:  # there are 2^n sets of labels
+        table = torch.bincount(guesses[:, :first].argmax(1) * n + data.labels[held_out], minlength=n * n).view(n, n)
+        fit, labels = best_matching(table.tolist())
+        error = 1 - fit / len(held_out)
+        rows = [f"category {category} = {labels[category]}" for category in range(first)]
+        maps.append((f"Held-out pictures by label: error {error:.1%}", table[:first].numpy(), rows, range(n)))
+    if data.factors and args.continuous:
+        columns = torch.stack([*guesses[:, means].T, *(factor[held_out] for factor in data.factors.values())])
+        r = torch.corrcoef(columns.argsort(1).argsort(1).float()).abs()[: args.continuous, args.continuous :].numpy()
+        rows = [f"code {c + 1}" for c in range(args.continuous)]
+        maps.append(("|Rank correlation| of Q's mean and the factor", r, rows, data.factors))
+    figure = Figure(figsize=(7 * len(maps) + 1, 4.5), layout="constrained")
+    for number, (title, values, rows, columns) in enumerate(maps, 1):
+        axes = figure.add_subplot(1, len(maps), number)
+        axes.imshow(values, cmap="Blues", aspect="auto")
+        axes.set_title(title)
+        axes.set_xticks(range(len(columns)), columns)
+        axes.set_yticks(range(len(rows)), rows)
+        for (row, column), value in np.ndenumerate(values):
+            axes.text(column, row, f"{value:.3g}", ha="center", color="white" if 2 * value > values.max() else "black")
+    figure.savefig(Path(args.out) / "factors.png", dpi=100)
+    return error
+
+def save_traversals(G, args, device):
+    """traversal.png: a block for each code; traversal.gif: each continuous code to and fro, a category a column."""
+    sizes, z, blocks = args.categorical, fixed_noise(10, args.latent_dim, args.seed), {}
+    def draw(z, category, value=0, k=0, j=0):  # c is 0 but for the category of code k and the value of code j
+        c = [one_hot(category if i == k else category * 0, size) for i, size in enumerate(sizes)]
+        codes = torch.as_tensor(value).view(-1, 1) * torch.eye(args.continuous)[j : j + 1].expand(len(z), -1)
+        return sample(G, torch.cat([z, *c, codes], 1).to(device))
+    for k, size in enumerate(sizes):
+        category = torch.arange(size).repeat_interleave(10)
+        blocks[f"categorical code {k + 1}: a row each"] = draw(z.repeat(size, 1), category, k=k)
+    category, values = torch.arange(sizes[0]).repeat_interleave(10), torch.linspace(-2, 2, 10).repeat(sizes[0])
+    for j in range(args.continuous):
+        blocks[f"continuous code {j + 1}: -2 to 2"] = draw(z[:1].expand(len(values), -1), category, values, j=j)
+    figure = Figure(figsize=(4.5 * len(blocks), 0.5 + 0.45 * max(sizes)), layout="constrained")
+    for axes, (title, images) in zip(figure.subplots(1, len(blocks), squeeze=False)[0], blocks.items(), strict=True):
+        axes.imshow(grid(images, 10))
+        axes.set(title=title, xticks=[], yticks=[])
+    figure.savefig(Path(args.out) / "traversal.png", dpi=100)
+    z, category = z[:4].repeat_interleave(sizes[0], 0), torch.arange(sizes[0]).repeat(4)
+    sweep = 2 * torch.arange(0, 2 * math.pi, math.pi / 12).sin()
+    frames = [grid(draw(z, category, value, j=j), sizes[0]) for j in range(args.continuous or 1) for value in sweep]
+    gif = imageio.mimwrite("<bytes>", frames, format="gif", duration=100, loop=0)
+    (Path(args.out) / "traversal.gif").write_bytes(gif)
+
+def save_plots(out):
+    """losses.png: the curves of log.csv, each with its running mean."""
+    log = np.atleast_1d(np.genfromtxt(out / "log.csv", delimiter=",", names=True))
+    n = len(log) // 40 + 1  # rows in the running mean
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    panels = figure.subplots(2, 3).flat
+    curves = {"loss_d": "D", "loss_g": "G", "d_real": "D(x), real", "d_fake": "D(G(z)), fake", "grad_norm_d": "D"}
+    curves |= {"grad_norm_g": "G", "info_cat": "categories", "info_cont": "continuous codes"}
+    curves |= {"code_accuracy": "category of fakes: accuracy", "cluster_error": "held-out pictures: error"}
+    for i, (column, label) in enumerate(curves.items() if log.size else []):
+        x, y, panel, colour = log["step"], log[column], panels[i // 2], f"C{i % 2}"
+        panel.plot(x, y, colour, alpha=0.25)
+        panel.plot(x[n - 1 :], np.convolve(y, np.ones(n) / n, "valid"), colour, label=label)
+        panel.legend()
+    panels[0].set(title="Loss", ylabel="loss")
+    panels[1].set(title="What D thinks: 0.5 is a draw", ylabel="probability of being real", ylim=(0, 1))
+    panels[2].set(title="Gradient norm", ylabel="L2 norm of all gradients", yscale="log")
+    panels[3].set(title="What the picture tells of its code", ylabel="lower bound of the information, nats")
+    panels[4].set(title="Q's guesses", ylabel="share", ylim=(0, 1))
+    panels[5].axis("off")
+    figure.supxlabel("step (generator updates)")
+    figure.savefig(out / "losses.png", dpi=100)
+
+def generate(args):
+    """--sample N: N single pictures in generated/, and all of them in generated.png."""
+    run, folder = open_run(args), Path(args.out) / "generated"
+    G_ema = AveragedModel(build(args)[0])
+    G_ema.load_state_dict(run["G_ema"])
+    torch.manual_seed(args.seed + 1)
+    c = draw_codes(args.sample, args.categorical, args.continuous)
+    z = fixed_noise(args.sample, args.latent_dim, args.seed + 1)
+    images = sample(G_ema, torch.cat([z, c], 1))  # uint8 (N, C, H, W)
+    folder.mkdir(exist_ok=True)
+    for i, image in enumerate(images):
+        imageio.imwrite(folder / f"{i:05d}.png", image.permute(1, 2, 0).squeeze(2).numpy())
+    imageio.imwrite(f"{folder}.png", grid(images))
+    print(f"{len(images)} pictures in {folder}, all of them in {folder}.png")
+
+def train(args):
+    """Train G and D as the flags say. Everything is written to args.out. Raises Misuse or Fault."""
+    run, out, (device, bf16) = open_run(args), Path(args.out), pick_device(args)
+    data = load_data(args.dataset, args.data_dir, args.img_size, args.classes, args.background, device)
+    images, sizes = data.images, args.categorical
+    if run and len(images) != args.num_images:
+        raise Fault(f"{out} was trained on {args.num_images} pictures, but {len(images)} are there now.")
+    args.num_images, args.img_channels, args.img_size, _ = images.shape
+    args.depth = args.depth or (2 if args.img_size < 64 else 1)
+    halvings = range(max(1, round(math.log2(args.img_size / 8))))
+    args.hidden_channels = args.hidden_channels or [32 // args.depth << n for n in halvings]  # what a laptop can do
+    torch.manual_seed(args.seed)
+    G, D = (network.to(device, memory_format=torch.channels_last) for network in build(args))
+    G_ema = AveragedModel(G, avg_fn=lambda mean, now, _: now.lerp(mean, min(args.ema, (1 + step) / (10 + step))))
+    opt_g = torch.optim.Adam(G.parameters(), args.lr_g, args.betas, args.adam_eps, fused=True)
+    opt_d = torch.optim.Adam(D.parameters(), args.lr_d, args.betas, args.adam_eps, fused=True)
+    parts = {"G": G, "D": D, "G_ema": G_ema, "opt_g": opt_g, "opt_d": opt_d}
+    if args.compile:
+        G.compile(), D.compile()
+    c = draw_codes(8 * sizes[0], sizes, args.continuous)
+    c[:, : sizes[0]] = torch.eye(sizes[0]).repeat_interleave(8, 0)  # in the grid a row a category
+    step, z_fixed = 0, torch.cat([fixed_noise(len(c), args.latent_dim, args.seed), c], 1).to(device)
+    order, n = epoch_order(len(images), len(images), args.seed, 0)[0], len(images) // 10
+    held_out, training = order[: n or 1], order[n:]  # indexes of pictures
+    batch_size = min(args.batch_size, len(training))
+    steps_per_epoch = len(training) // batch_size
+    args.epochs = args.epochs or max(10, math.ceil(9000 / steps_per_epoch))
+    last_step = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
+    flags = {name: value for name, value in vars(args).items() if name != "given"}
+    numbers = {name: sum(p.numel() for p in parts[name].parameters()) for name in ("G", "D")}
+    facts = {"torch": torch.__version__, "on": f"{device}, {'bf16' if bf16 else 'fp32'}", "parameters": numbers}
+    log = ["epoch,step,loss_d,loss_g,d_real,d_fake,grad_norm_d,grad_norm_g,images_per_second,info_cat"]
+    log[0] += ",info_cont,code_accuracy,cluster_error"
+    if run:
+        for name, part in parts.items():
+            part.load_state_dict(run[name])
+        step, z_fixed = run["step"], run["z_fixed"].to(device)
+        torch.set_rng_state(run["rng"])
+        error = run["cluster_error"]
+        log += [row for row in (out / "log.csv").read_text().splitlines()[1:] if int(row.split(",")[1]) <= step]
+    else:
+        for file in [*out.glob("checkpoint.pt"), *out.glob("samples/*.png"), *out.glob("generators/*.pt")]:
+            file.unlink()  # of the run that --overwrite replaces
+        (out / "samples").mkdir(parents=True, exist_ok=True)
+        imageio.imwrite(out / "real.png", grid(images[:: len(images) // 64 or 1][:64].cpu()))
+        imageio.imwrite(out / "samples" / "000000.png", grid(sample(G, z_fixed)))
+        error = measure(D, data, held_out, args, device)
+    (out / "log.csv").write_text("\n".join(log) + "\n")  # without what a killed run logged after its checkpoint
+    (out / "args.json").write_text(json.dumps(flags | facts, indent=2) + "\n")
+    print(f"{len(images):,} pictures {tuple(images.shape[1:])}, parameters {numbers}, {facts['on']}, {out}", flush=True)
+    first, stop, started, since = step, [], time.time(), (time.time(), step)
+    ctrl_c = signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # finish the step, then save
+    try:
+        for step in range(first + 1, last_step + 1):
+            epoch, i = divmod(step - 1, steps_per_epoch)
+            fade = (1 + math.cos(math.pi * (step - 1) / last_step)) / 2 if args.lr_schedule == "cosine" else 1
+            opt_g.param_groups[0]["lr"], opt_d.param_groups[0]["lr"] = args.lr_g * fade, args.lr_d * fade
+
+            # (1) D step: maximise log D(x) + log(1 - D(G(z, c))) + weight L
+            D.requires_grad_(True)
+            index = training[epoch_order(len(training), batch_size, args.seed, epoch)[i]]  # (B,)
+            x_real = to_batch(images, index, device)  # (B, C, H, W)
+            c = draw_codes(batch_size, sizes, args.continuous, device)
+            z = torch.cat([torch.randn(batch_size, args.latent_dim, device=device), c], 1)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                x_fake = G(z)  # kept for the G step
+                (logits_real, _), (logits_fake, guesses) = D(x_real), D(x_fake.detach())  # detached: no way to G
+            loss_d = discriminator_loss(logits_real, logits_fake)
+            info_cat, info_cont = information(guesses, c, sizes, args.continuous_variance)
+            opt_d.zero_grad()
+            (loss_d - args.info_weight_cat * info_cat - args.info_weight_cont * info_cont).backward()
+            norm_d = nn.utils.clip_grad_norm_(D.parameters(), args.clip_grad_norm or math.inf)
+            opt_d.step()
+
+            # (2) G step: maximise log D(G(z, c)) + weight L for the same z and c, with D and Q frozen
+            D.requires_grad_(False)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                logits, guesses = D(x_fake)
+            loss_g = generator_loss(logits)
+            info_cat, info_cont = information(guesses, c, sizes, args.continuous_variance)
+            opt_g.zero_grad()
+            (loss_g - args.info_weight_cat * info_cat - args.info_weight_cont * info_cont).backward()
+            norm_g = nn.utils.clip_grad_norm_(G.parameters(), args.clip_grad_norm or math.inf)
+            opt_g.step()
+            G_ema.update_parameters(G)  # averages the parameters, copies the buffers; with --ema 0 it is G
+
+            # (3) log, sample, save
+            epoch_ends, stopping = i + 1 == steps_per_epoch, step == last_step or bool(stop)
+            if epoch_ends or stopping or step % args.log_every == 0:
+                now, seen = time.time(), (step - since[1]) * batch_size  # since the last row
+                row = [loss_d, loss_g, logits_real.sigmoid().mean(), logits_fake.sigmoid().mean(), norm_d, norm_g]
+                right = guesses[:, : sizes[0]].argmax(1) == c[:, : sizes[0]].argmax(1)
+                row = torch.stack([*row, info_cat, info_cont, right.float().mean()]).tolist()
+                row.insert(6, seen / (now - since[0]))
+                error = measure(D, data, held_out, args, device) if epoch_ends or stopping else error
+                since, left = (now, step), (now - started) / (step - first) * (last_step - step)
+                for name, value in zip(log[0].split(",")[2:], row, strict=False):
+                    if not math.isfinite(value):
+                        raise Fault(f"{name} is {value} at step {step}; the last checkpoint is kept. Try a lower rate.")
+                if epoch_ends or step % args.log_every == 0:
+                    with open(out / "log.csv", "a") as file:
+                        print(epoch + 1, step, *(f"{value:.6g}" for value in [*row, error]), sep=",", file=file)
+                line = f"epoch {epoch + 1}/{args.epochs} [{'#' * (10 * step // last_step):10}] loss_d {row[0]:.3f} "
+                line += f"info_cat {row[7]:.2f} cluster_error {error:.3f} {row[6]:.0f} images/s "
+                line += f"{left // 60:.0f}:{left % 60:02.0f} left "
+                if sys.stdout.isatty() or epoch_ends:
+                    print(line, end="\r" if sys.stdout.isatty() and not stopping else "\n", flush=True)
+            early = [steps_per_epoch >> n for n in range(1, 6)]  # where most happens
+            if (step % args.sample_every == 0) if args.sample_every else (epoch_ends or step in early):
+                imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed)))
+            if epoch_ends or stopping:
+                state = {name: part.state_dict() for name, part in parts.items()} | {"script": "infogan", "args": flags}
+                state |= {"step": step, "epoch": epoch + epoch_ends, "z_fixed": z_fixed, "rng": torch.get_rng_state()}
+                state |= {"cluster_error": error}
+                save_atomically(out / "checkpoint.pt", state)
+                save_plots(out)
+            if epoch_ends and args.snapshot_every and (epoch + 1) % args.snapshot_every == 0:
+                state = {"script": "infogan", "args": flags, "epoch": epoch + 1, "G": G_ema.module.state_dict()}
+                save_atomically(out / "generators" / f"epoch_{epoch + 1:03d}.pt", state)
+            if stopping:
+                break
+    finally:  # at the end, after Ctrl-C, and after a fault
+        signal.signal(signal.SIGINT, ctrl_c)
+        save_plots(out)
+        paths = sorted(out.glob("samples/*.png"), key=lambda path: int(path.stem))
+        frames = [imageio.imread(path) for path in paths[:: len(paths) // 60 + 1] + paths[-1:] * 10]  # the last is held
+        (out / "samples.gif").write_bytes(imageio.mimwrite("<bytes>", frames, format="gif", duration=200, loop=0))
+        save_traversals(G_ema, args, device)
+    print(f"Step {step} of {last_step}. Look at {out}/samples.gif, traversal.png, traversal.gif and losses.png.")
+
+def main(argv=None):
+    """Run the script. Returns the exit code: 2 for bad use, 1 for a fault, each told in one sentence."""
+    try:
+        args = parse_args(argv)
+        generate(args) if args.sample else train(args)
+    except (Fault, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        print("infogan.py:", str(error).partition("\n")[0] or "not enough memory", file=sys.stderr)
+        return 2 if isinstance(error, Misuse) else 1
+    return 0
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,390 @@
+r"""WGAN and WGAN-GP: Arjovsky et al. 2017, arXiv 1701.07875, and Gulrajani et al. 2017, arXiv 1704.00028.
+
+Where data and samples hardly overlap, as pictures do, a discriminator can be sure of everything, and its gradient tells
+G nothing. WGAN asks another question: how far is it from one distribution to the other, if each bit of probability has
+to be carried there? By the dual of Kantorovich and Rubinstein this distance W is
+
+    W = max over D with |D(x) - D(y)| <= |x - y| for all x, y   of   E D(x) - E D(G(z))
+
+so that a critic D, which returns a score and no probability, is trained to tell how far G is from the data:
+
+    D maximises  E D(x) - E D(G(z))   loss_d = mean D(G(z)) - mean D(x) + 10 mean (|grad D(x_mix)| - 1)^2
+    G minimises  W                    loss_g = -mean D(G(z))
+
+D must not be steeper than 1 (1-Lipschitz). --lipschitz gp penalises other slopes at points x_mix between real and fake
+pictures, which takes a second derivative. clip keeps each weight within 0.01: free, but such a critic is simple, and
+its gradients are tiny. spectral divides each layer by its largest singular value: cheap, but D stays well below 1.
+
+    python wgan_gp.py                           # the built-in digits, no download
+    python wgan_gp.py --dataset mnist --epochs 20
+
+What changes from wgan_gp.py: no probabilities, no batch norm in D, several D steps for each G step, W in the log.
+Where this differs from the papers: TODO
+"""
+import argparse
+import json
+import math
+import signal
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import imageio.v2 as imageio
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
+from torch.optim.swa_utils import AveragedModel
+from common import DATASETS, Fault, Misuse, epoch_order, fixed_noise, grid, load_data, sample, save_atomically, to_batch
+
+class ResBlock(nn.Module):
+    """(B, size_in, H, W) -> (B, size_out, H', W'), twice norm, ReLU, convolution, and a skip connection around them."""
+    def __init__(self, size_in, size_out, norm, up=(), down=()):
+        super().__init__()
+        convs = nn.Conv2d(size_in, size_out, 3, 1, 1), nn.Conv2d(size_out, size_out, 3, 1, 1)
+        self.main = nn.Sequential(norm(size_in), nn.ReLU(), *up, convs[0], norm(size_out), nn.ReLU(), convs[1], *down)
+        self.skip = nn.Sequential(*down, nn.Conv2d(size_in, size_out, 1), *up)
+
+    def forward(self, x):
+        return self.main(x) + self.skip(x)
+
+class Generator(nn.Module):
+    """z (B, latent_dim) -> image (B, img_channels, img_size, img_size) in [-1, 1]; shapes below are of the defaults.
+
+    hidden_channels are listed from the image inwards. Raises Fault if img_size cannot be halved once for each of them.
+    """
+    def __init__(self, latent_dim=100, img_size=28, img_channels=1, hidden_channels=(64, 128), depth=1, arch="conv"):
+        super().__init__()
+        factor = 2 ** len(hidden_channels)
+        if factor == 1 or img_size % factor:
+            raise Fault(f"--img-size {img_size} is not a multiple of {max(factor, 2)}: each hidden channel halves it.")
+        *widths, channels = img_channels if arch == "conv" else hidden_channels[0], *hidden_channels
+        self.start = (img_size // factor, img_size // factor, channels)
+        self.project, layers = nn.Linear(latent_dim, math.prod(self.start), bias=False), []  # (B, 128, 7, 7)
+        for width in reversed(widths):  # (B, 64, 14, 14), (B, 1, 28, 28); resnet (B, 64, 28, 28)
+            if arch == "resnet":
+                layers += [ResBlock(channels, width, nn.BatchNorm2d, up=[nn.Upsample(scale_factor=2)])]
+            else:
+                convs = [nn.Conv2d(channels, channels, 3, 1, 1, bias=False) for _ in range(depth - 1)]
+                for conv in [*convs, nn.ConvTranspose2d(channels, width, 4, 2, 1, bias=False)]:
+                    layers += [nn.BatchNorm2d(channels), nn.ReLU(True), conv]
+            channels = width
+        if arch == "resnet":
+            layers += [nn.BatchNorm2d(channels), nn.ReLU(True), nn.Conv2d(channels, img_channels, 3, 1, 1)]
+        self.layers = nn.Sequential(*layers, nn.Tanh())
+
+    def forward(self, z):
+        x = self.project(z).view(-1, *self.start)  # (B, 7, 7, 128)
+        return self.layers(x.permute(0, 3, 1, 2))  # channels last in memory, as the convolutions want them
+
+class Critic(nn.Module):
+    """image (B, img_channels, img_size, img_size) -> score (B,). Batch norm would mix the slopes of the pictures."""
+    def __init__(self, img_size=28, img_channels=1, hidden_channels=(64, 128), depth=1, arch="conv", norm="none",
+                 spectral=False):  # fmt: skip
+        super().__init__()
+        norm = partial(nn.GroupNorm, 1) if norm == "layer" else lambda channels: nn.Identity()
+        layers, channels = [], img_channels
+        if arch == "resnet":
+            layers, channels = [nn.Conv2d(img_channels, hidden_channels[0], 3, 1, 1)], hidden_channels[0]
+        for width in hidden_channels:  # (B, 64, 14, 14), (B, 128, 7, 7)
+            if arch == "resnet":
+                layers += [ResBlock(channels, width, norm, down=[nn.AvgPool2d(2)])]
+            else:
+                convs = [nn.Conv2d(width, width, 3, 1, 1) for _ in range(depth - 1)]
+                for conv in [nn.Conv2d(channels, width, 4, 2, 1), *convs]:
+                    layers += [conv, norm(width), nn.LeakyReLU(0.2, True)]
+            channels = width
+        self.layers = nn.Sequential(*layers, nn.ReLU() if arch == "resnet" else nn.Identity())
+        self.score = nn.Linear((img_size // 2 ** len(hidden_channels)) ** 2 * channels, 1, bias=False)
+        if spectral:
+            self.apply(lambda layer: spectral_norm(layer) if isinstance(layer, (nn.Conv2d, nn.Linear)) else layer)
+
+    def forward(self, x):
+        x = self.layers(x).permute(0, 2, 3, 1).flatten(1)  # (B, 7 * 7 * 128), in the order in which they lie in memory
+        return self.score(x).squeeze(1).float()  # (B,)
+
+def critic_loss(scores_real, scores_fake):
+    """mean D(G(z)) - mean D(x): the critic's estimate of the Wasserstein distance, with a minus."""
+    return scores_fake.mean() - scores_real.mean()
+
+def generator_loss(scores_fake):
+    """-mean D(G(z))"""
+    return -scores_fake.mean()
+
+def slopes(critic, x_real, x_fake):
+    """|grad D(x)| (B,) at random points on the lines from each real picture to a fake one, (B, C, H, W) both."""
+    alpha = torch.rand(len(x_real), 1, 1, 1, device=x_real.device)  # one for each picture
+    x = torch.lerp(x_fake.float(), x_real, alpha).requires_grad_()
+    (gradient,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)  # (B, C, H, W)
+    return (gradient.square().flatten(1).sum(1) + 1e-12).sqrt()  # a root of 0 has an infinite slope
+
+def gradient_penalty(critic, x_real, x_fake):
+    """mean (|grad D(x)| - 1)^2, unweighted: Gulrajani et al. 2017, 1704.00028, equation 3."""
+    return (slopes(critic, x_real, x_fake) - 1).square().mean()
+
+def number(kind, low, high=math.inf):
+    """A type for argparse: an int or a float from low to high."""
+    def parse(text):
+        if low <= kind(text) <= high:
+            return kind(text)
+        raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+    return parse
+
+def parse_args(argv=None):
+    """The flags; and args.given, where those that do not stand in argv are None."""
+    parser = argparse.ArgumentParser(description="WGAN-GP, arXiv 1704.00028. In brackets: the defaults.")
+    count, share, amount = number(int, 1), number(float, 0, 1), number(float, 0)
+    groups = ("run", "data", "model", "optimiser", "Lipschitz constraint")
+    run, data, model, adam, lipschitz = (parser.add_argument_group(group).add_argument for group in groups)
+    run("--epochs", type=count, help="passes over the data, in all (10, or more: as many as make 9,000 steps)")
+    run("--max-steps", type=count, help="stop after so many generator updates, if that comes first")
+    run("--batch-size", type=number(int, 2), default=64, help="pictures in a batch (%(default)s)")
+    run("--seed", type=number(int, 0, 2**31), default=0, help="of the weights, the noise and the order (%(default)s)")
+    run("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
+    run("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where the hardware has it")
+    run("--compile", action="store_true", help="torch.compile G, and D without gp: slow to start, for GPUs only")
+    run("--out", help="the folder of the run (runs/wgan_gp-DATASET)")
+    run("--overwrite", action="store_true", help="replace the run that is in the folder")
+    run("--resume", action="store_true", help="go on with the run that is in the folder, by its flags, to --epochs")
+    run("--sample", type=count, metavar="N", help="train nothing: write N pictures with the folder's checkpoint")
+    run("--log-every", type=count, default=50, help="steps from one row of log.csv to the next (%(default)s)")
+    run("--sample-every", type=count, help="steps from one sample grid to the next (an epoch, and fewer in the first)")
+    run("--snapshot-every", type=count, help="epochs from one copy of G in generators/ to the next (none)")
+    data("--dataset", choices=list(DATASETS), default="digits", help="folder: your own pictures (%(default)s)")
+    data("--data-dir", default="data", help="where the data is, or is downloaded to (%(default)s)")
+    data("--classes", type=int, nargs="+", help="only the pictures with these labels (all)")
+    data("--background", default="white", help="what transparent pictures are laid on (%(default)s)")
+    data("--img-size", type=count, help="resize the pictures to this (the size of the data; 64 for folder)")
+    model("--latent-dim", type=count, default=100, help="how many numbers z has (%(default)s)")
+    model("--hidden-channels", type=count, nargs="+", help="from the image inwards (32 64 ... / depth, to about 8x8)")
+    model("--arch", choices=["conv", "resnet"], default="conv", help="resnet: residual blocks, as in 1704.00028 (conv)")
+    model("--depth", type=count, help="convolutions at each resolution, the extra ones 3x3 (1; under 64x64 2)")
+    adam("--lr-g", type=share, default=2e-4, help="Adam's rate for G (%(default)s)")
+    adam("--lr-d", type=share, default=2e-4, help="Adam's rate for D (%(default)s)")
+    adam("--betas", type=number(float, 0, 0.9999), nargs=2, default=[0.5, 0.999], help="Adam's memory (0.5 0.999)")
+    adam("--adam-eps", type=share, default=1e-8, help="Adam's epsilon (%(default)s)")
+    adam("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: down to 0 at the last step")
+    adam("--clip-grad-norm", type=amount, help="scale the gradients of a network down to this L2 norm (off)")
+    adam("--ema", type=share, default=0.999, help="samples: from G's weights averaged with this decay (%(default)s)")
+    model("--critic-norm", choices=["none", "layer"], default="none", help="layer norm in the critic (%(default)s)")
+    lipschitz("--lipschitz", choices=["gp", "clip", "spectral"], default="gp", help="how to hold D's slope (gp)")
+    lipschitz("--gp-weight", type=amount, default=10, help="of the gradient penalty (%(default)s)")
+    lipschitz("--clip-value", type=amount, default=0.01, help="bound of each weight of D with clip (%(default)s)")
+    lipschitz("--critic-steps", type=count, default=5, help="D updates for each update of G (%(default)s)")
+    args = parser.parse_args(argv)
+    args.given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args))))
+    args.out = args.out or f"runs/wgan_gp-{args.dataset}"
+    return args
+
+def pick_device(args):
+    """The device, and whether to compute in bfloat16 there: where that is not native it is slow. Raises Misuse."""
+    best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    try:
+        device = torch.zeros(1, device=best if args.device == "auto" else args.device).device
+    except (RuntimeError, AssertionError) as error:
+        raise Misuse(f"--device {args.device} cannot be used here: {str(error).partition('.')[0]}.") from error
+    has = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    native = any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    native = native or (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
+    return device, args.precision == "bf16" or (args.precision == "auto" and native)
+
+def open_run(args):
+    """The checkpoint in args.out, its flags put into args; None for a new run. Raises Misuse or Fault."""
+    path = Path(args.out) / "checkpoint.pt"
+    if path.with_name("args.json").exists() and not (args.resume or args.sample or args.overwrite):
+        raise Misuse(f"{args.out} holds a run: --resume continues it, --overwrite replaces it, --out avoids it.")
+    if not (args.resume or args.sample):
+        return None
+    try:
+        run = torch.load(path, map_location="cpu", weights_only=True)
+        script, flags = run["script"], run["args"]
+    except Exception as error:  # torch.load raises many kinds for a file that is not a checkpoint
+        raise Fault(f"{path} is missing or damaged: name another folder, or start with --overwrite.") from error
+    if script != "wgan_gp":
+        raise Misuse(f"{path} is a run of {script}.py: resume it with that, or name another folder with --out.")
+    free = {"epochs", "max_steps", "device", "data_dir", "out", "overwrite", "resume", "sample", args.sample and "seed"}
+    for name, value in flags.items():
+        if getattr(args.given, name, None) is None:
+            setattr(args, name, None if name == "max_steps" else value)
+        elif getattr(args, name) != value and name not in free:
+            raise Misuse(f"--{name.replace('_', '-')} contradicts the run in {args.out}, which has {value}: omit it.")
+    return run
+
+def build(args):
+    """G and D as the flags say."""
+    shape = args.img_size, args.img_channels, args.hidden_channels, args.depth, args.arch
+    return Generator(args.latent_dim, *shape), Critic(*shape, args.critic_norm, args.lipschitz == "spectral")
+
+def save_plots(out):
+    """losses.png: the curves of log.csv, each with its running mean."""
+    log = np.atleast_1d(np.genfromtxt(out / "log.csv", delimiter=",", names=True))
+    n = len(log) // 40 + 1  # rows in the running mean
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    panels = figure.subplots(2, 2).flat
+    curves = {"wasserstein": "training batch", "wasserstein_heldout": "held-out pictures", "critic_grad_norm": "slope"}
+    curves |= {"gradient_penalty": "penalty", "loss_d": "D", "loss_g": "G", "grad_norm_d": "D", "grad_norm_g": "G"}
+    for i, (column, label) in enumerate(curves.items() if log.size else []):
+        x, y, panel, colour = log["step"], log[column], panels[i // 2], f"C{i % 2}"
+        panel.plot(x, y, colour, alpha=0.25)
+        panel.plot(x[n - 1 :], np.convolve(y, np.ones(n) / n, "valid"), colour, label=label)
+        panel.legend()
+    panels[0].set(title="Wasserstein estimate: how far G is from the data", ylabel="E D(x) - E D(G(z))", ylim=(0, None))
+    panels[1].set(title="The critic's slope between real and fake: 1 is wanted", ylabel="|grad D|", ylim=(0, 2))
+    panels[2].set(title="Loss", ylabel="loss")
+    panels[3].set(title="Gradient norm", ylabel="L2 norm of all gradients", yscale="log")
+    figure.supxlabel("step (generator updates)")
+    figure.savefig(out / "losses.png", dpi=100)
+
+def generate(args):
+    """--sample N: N single pictures in generated/, and all of them in generated.png."""
+    run, folder = open_run(args), Path(args.out) / "generated"
+    G_ema = AveragedModel(build(args)[0])
+    G_ema.load_state_dict(run["G_ema"])
+    images = sample(G_ema, fixed_noise(args.sample, args.latent_dim, args.seed + 1))  # uint8 (N, C, H, W)
+    folder.mkdir(exist_ok=True)
+    for i, image in enumerate(images):
+        imageio.imwrite(folder / f"{i:05d}.png", image.permute(1, 2, 0).squeeze(2).numpy())
+    imageio.imwrite(f"{folder}.png", grid(images))
+    print(f"{len(images)} pictures in {folder}, all of them in {folder}.png")
+
+def train(args):
+    """Train G and D as the flags say. Everything is written to args.out. Raises Misuse or Fault."""
+    run, out, (device, bf16) = open_run(args), Path(args.out), pick_device(args)
+    images = load_data(args.dataset, args.data_dir, args.img_size, args.classes, args.background, device).images
+    if run and len(images) != args.num_images:
+        raise Fault(f"{out} was trained on {args.num_images} pictures, but {len(images)} are there now.")
+    args.num_images, args.img_channels, args.img_size, _ = images.shape
+    args.depth = args.depth or (2 if args.img_size < 64 else 1)
+    halvings = range(max(1, round(math.log2(args.img_size / 8))))
+    args.hidden_channels = args.hidden_channels or [32 // args.depth << n for n in halvings]  # what a laptop can do
+    torch.manual_seed(args.seed)
+    G, D = (network.to(device, memory_format=torch.channels_last) for network in build(args))
+    G_ema = AveragedModel(G, avg_fn=lambda mean, now, _: now.lerp(mean, min(args.ema, (1 + step) / (10 + step))))
+    optimiser = partial(torch.optim.Adam, betas=args.betas, eps=args.adam_eps, fused=True)
+    if args.lipschitz == "clip":
+        optimiser = partial(torch.optim.RMSprop, eps=args.adam_eps)  # momentum and clipping do not go together
+    opt_g, opt_d = optimiser(G.parameters(), args.lr_g), optimiser(D.parameters(), args.lr_d)
+    parts = {"G": G, "D": D, "G_ema": G_ema, "opt_g": opt_g, "opt_d": opt_d}
+    if args.compile:
+        G.compile(), args.lipschitz == "gp" or D.compile()  # gp differentiates D twice, and compiled code cannot be
+    step, z_fixed = 0, fixed_noise(64, args.latent_dim, args.seed).to(device)
+    order, n = epoch_order(len(images), len(images), args.seed, 0)[0], min(1000, len(images) // 10)
+    held_out, training = order[: n or 1], order[n:]  # indexes of pictures
+    batch_size = min(args.batch_size, len(training))
+    steps_per_epoch = max(1, len(training) // (batch_size * args.critic_steps))
+    args.epochs = args.epochs or max(10, math.ceil(9000 / steps_per_epoch))
+    last_step = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
+    flags = {name: value for name, value in vars(args).items() if name != "given"}
+    sizes = {name: sum(p.numel() for p in parts[name].parameters()) for name in ("G", "D")}
+    facts = {"torch": torch.__version__, "on": f"{device}, {'bf16' if bf16 else 'fp32'}", "parameters": sizes}
+    log = ["epoch,step,loss_d,loss_g,grad_norm_d,grad_norm_g,images_per_second,wasserstein,wasserstein_heldout"]
+    log[0] += ",gradient_penalty,critic_grad_norm"
+    if run:
+        for name, part in parts.items():
+            part.load_state_dict(run[name])
+        step, z_fixed = run["step"], run["z_fixed"].to(device)
+        torch.set_rng_state(run["rng"])
+        log += [row for row in (out / "log.csv").read_text().splitlines()[1:] if int(row.split(",")[1]) <= step]
+    else:
+        for file in [*out.glob("checkpoint.pt"), *out.glob("samples/*.png"), *out.glob("generators/*.pt")]:
+            file.unlink()  # of the run that --overwrite replaces
+        (out / "samples").mkdir(parents=True, exist_ok=True)
+        imageio.imwrite(out / "real.png", grid(images[:: len(images) // 64 or 1][:64].cpu()))
+        imageio.imwrite(out / "samples" / "000000.png", grid(sample(G, z_fixed)))
+    (out / "log.csv").write_text("\n".join(log) + "\n")  # without what a killed run logged after its checkpoint
+    (out / "args.json").write_text(json.dumps(flags | facts, indent=2) + "\n")
+    print(f"{len(images):,} pictures {tuple(images.shape[1:])}, parameters {sizes}, {facts['on']}, {out}", flush=True)
+    first, stop, started, since = step, [], time.time(), (time.time(), step)
+    ctrl_c = signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # finish the step, then save
+    try:
+        for step in range(first + 1, last_step + 1):
+            epoch, i = divmod(step - 1, steps_per_epoch)
+            fade = (1 + math.cos(math.pi * (step - 1) / last_step)) / 2 if args.lr_schedule == "cosine" else 1
+            opt_g.param_groups[0]["lr"], opt_d.param_groups[0]["lr"] = args.lr_g * fade, args.lr_d * fade
+
+            # (1) D steps: maximise E D(x) - E D(G(z)), the slope of D being held near or below 1
+            D.requires_grad_(True)
+            order = epoch_order(len(training), batch_size * args.critic_steps, args.seed, epoch)[i]
+            for index in training[order].split(batch_size):  # critic_steps times (B,)
+                x_real = to_batch(images, index, device)  # (B, C, H, W)
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    with torch.no_grad():
+                        x_fake = G(torch.randn(batch_size, args.latent_dim, device=device))
+                    loss_d = critic_loss(D(x_real), D(x_fake))
+                    if args.lipschitz == "gp":
+                        loss_d = loss_d + args.gp_weight * gradient_penalty(D, x_real, x_fake)
+                opt_d.zero_grad()
+                loss_d.backward()
+                norm_d = nn.utils.clip_grad_norm_(D.parameters(), args.clip_grad_norm or math.inf)
+                opt_d.step()
+                for weight in D.parameters() if args.lipschitz == "clip" else ():
+                    weight.data.clamp_(-args.clip_value, args.clip_value)
+
+            # (2) G step: maximise E D(G(z)) for fresh z; the gradient passes through D, whose weights are frozen
+            D.requires_grad_(False)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                loss_g = generator_loss(D(G(torch.randn(batch_size, args.latent_dim, device=device))))
+            opt_g.zero_grad()
+            loss_g.backward()
+            norm_g = nn.utils.clip_grad_norm_(G.parameters(), args.clip_grad_norm or math.inf)
+            opt_g.step()
+            G_ema.update_parameters(G)  # averages the parameters, copies the buffers; with --ema 0 it is G
+
+            # (3) log, sample, save
+            epoch_ends, stopping = i + 1 == steps_per_epoch, step == last_step or bool(stop)
+            if epoch_ends or stopping or step % args.log_every == 0:
+                now, seen = time.time(), (step - since[1]) * batch_size * args.critic_steps  # since the last row
+                D.eval()  # spectral norm improves its estimate at each call in training mode
+                with torch.random.fork_rng(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    slope = slopes(D, x_real, x_fake).detach()  # (B,)
+                    real, heldout, fake = (D(x).mean() for x in (x_real, to_batch(images, held_out, device), x_fake))
+                D.train()
+                row = [loss_d, loss_g, norm_d, norm_g, real - fake, heldout - fake]
+                row = torch.stack([*row, (slope - 1).square().mean(), slope.mean()]).tolist()
+                row.insert(4, seen / (now - since[0]))
+                since, left = (now, step), (now - started) / (step - first) * (last_step - step)
+                for name, value in zip(log[0].split(",")[2:], row, strict=True):
+                    if not math.isfinite(value):
+                        raise Fault(f"{name} is {value} at step {step}; the last checkpoint is kept. Try a lower rate.")
+                if epoch_ends or step % args.log_every == 0:
+                    with open(out / "log.csv", "a") as file:
+                        print(epoch + 1, step, *(f"{value:.6g}" for value in row), sep=",", file=file)
+                line = f"epoch {epoch + 1}/{args.epochs} [{'#' * (10 * step // last_step):10}] G step {step} "
+                line += f"wasserstein {row[5]:.3f} {row[4]:.0f} images/s {left // 60:.0f}:{left % 60:02.0f} left "
+                if sys.stdout.isatty() or epoch_ends:
+                    print(line, end="\r" if sys.stdout.isatty() and not stopping else "\n", flush=True)
+            early = [steps_per_epoch >> n for n in range(1, 6)]  # where most happens
+            if (step % args.sample_every == 0) if args.sample_every else (epoch_ends or step in early):
+                imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed)))
+            if epoch_ends or stopping:
+                state = {name: part.state_dict() for name, part in parts.items()} | {"script": "wgan_gp", "args": flags}
+                state |= {"step": step, "epoch": epoch + epoch_ends, "z_fixed": z_fixed, "rng": torch.get_rng_state()}
+                save_atomically(out / "checkpoint.pt", state)
+                save_plots(out)
+            if epoch_ends and args.snapshot_every and (epoch + 1) % args.snapshot_every == 0:
+                state = {"script": "wgan_gp", "args": flags, "epoch": epoch + 1, "G": G_ema.module.state_dict()}
+                save_atomically(out / "generators" / f"epoch_{epoch + 1:03d}.pt", state)
+            if stopping:
+                break
+    finally:  # at the end, after Ctrl-C, and after a fault
+        signal.signal(signal.SIGINT, ctrl_c)
+        save_plots(out)
+        paths = sorted(out.glob("samples/*.png"), key=lambda path: int(path.stem))
+        frames = [imageio.imread(path) for path in paths[:: len(paths) // 60 + 1] + paths[-1:] * 10]  # the last is held
+        (out / "samples.gif").write_bytes(imageio.mimwrite("<bytes>", frames, format="gif", duration=200, loop=0))
+    print(f"Step {step} of {last_step}. Look at {out}/samples.gif and losses.png.")
+
+def main(argv=None):
+    """Run the script. Returns the exit code: 2 for bad use, 1 for a fault, each told in one sentence."""
+    try:
+        args = parse_args(argv)
+        generate(args) if args.sample else train(args)
+    except (Fault, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        print("wgan_gp.py:", str(error).partition("\n")[0] or "not enough memory", file=sys.stderr)
+        return 2 if isinstance(error, Misuse) else 1
+    return 0
+
+if __name__ == "__main__":
+    sys.exit(main())
