@@ -38,9 +38,7 @@ from common import save_atomically, to_batch
 
 class Generator(nn.Module):
     """z (B, latent_dim) -> image (B, img_channels, img_size, img_size) in [-1, 1]; shapes below are of the defaults.
-
-    hidden_channels are listed from the image inwards. Raises Fault if img_size cannot be halved once for each of them.
-    """
+    hidden_channels: from the image inwards. Raises Fault if img_size cannot be halved once for each of them."""
     def __init__(self, latent_dim=100, img_size=64, img_channels=3, hidden_channels=(128, 256, 512),
                  kernel_size=4, upsample="transpose", depth=1, init="dcgan"):  # fmt: skip
         super().__init__()
@@ -128,11 +126,11 @@ def diffaugment(x):
 
 def number(kind, low, high=math.inf):
     """A type for argparse: an int or a float from low to high."""
-    def parse(text):
+    def number(text):
         if low <= kind(text) <= high:
             return kind(text)
         raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
-    return parse
+    return number
 
 def parse_args(argv=None):
     """The flags; and args.given, where those that do not stand in argv are None."""
@@ -152,7 +150,7 @@ def parse_args(argv=None):
     run("--resume", action="store_true", help="go on with the run that is in the folder, by its flags, to --epochs")
     run("--sample", type=count, metavar="N", help="train nothing: write N pictures with the folder's checkpoint")
     run("--log-every", type=count, default=50, help="steps from one row of log.csv to the next (%(default)s)")
-    run("--sample-every", type=count, help="steps from one sample grid to the next (an epoch, and fewer in the first)")
+    run("--sample-every", type=count, help="steps from one sample grid to the next (an epoch; more often in the first)")
     run("--snapshot-every", type=count, help="epochs from one copy of G in generators/ to the next (none)")
     run("--interpolate", choices=["linear", "slerp", "rotation"], default="slerp", help="the path of interpolation.gif")
     data("--dataset", choices=list(DATASETS), default="digits", help="folder: your own pictures (%(default)s)")
@@ -189,15 +187,15 @@ def parse_args(argv=None):
     return args
 
 def pick_device(args):
-    """The device, and whether to compute in bfloat16 there: where that is not native it is slow. Raises Misuse."""
+    """The device, and whether to compute in bfloat16 there. Raises Misuse."""
     best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         device = torch.zeros(1, device=best if args.device == "auto" else args.device).device
     except (RuntimeError, AssertionError) as error:
         raise Misuse(f"--device {args.device} cannot be used here: {str(error).partition('.')[0]}.") from error
     has = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-    native = any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    native = native or (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
+    cuda = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    native = cuda or has.get("avx512_bf16", has.get("bf16", False))  # elsewhere it is slow
     return device, args.precision == "bf16" or (args.precision == "auto" and native)
 
 def open_run(args):
@@ -209,7 +207,7 @@ def open_run(args):
         return None
     try:
         run = torch.load(path, map_location="cpu", weights_only=True)
-        script, flags = run["script"], run["args"]
+        script, flags = run["script"], run["args"] | {"out": args.out, "max_steps": None}
     except Exception as error:  # torch.load raises many kinds for a file that is not a checkpoint
         raise Fault(f"{path} is missing or damaged: name another folder, or start with --overwrite.") from error
     if script != "dcgan":
@@ -217,7 +215,7 @@ def open_run(args):
     free = {"epochs", "max_steps", "device", "data_dir", "out", "overwrite", "resume", "sample", args.sample and "seed"}
     for name, value in flags.items():
         if getattr(args.given, name, None) is None:
-            setattr(args, name, None if name == "max_steps" else value)
+            setattr(args, name, value)
         elif getattr(args, name) != value and name not in free:
             raise Misuse(f"--{name.replace('_', '-')} contradicts the run in {args.out}, which has {value}: omit it.")
     return run

@@ -1,22 +1,27 @@
 r"""InfoGAN, of Chen et al. 2016, arXiv 1606.03657: codes that come to mean something, without labels.
 
-G gets noise z and a code c: a category of ten, and two numbers. A third network Q, D's but for the last layers,
-guesses c from the picture. G is rewarded if Q guesses right, so that c has to show in the picture: category
-and digit, number and slant. The reward is a lower bound of the mutual information I, since for any Q(c|x)
+G gets noise z and a code c: a category of ten, and two numbers. A third network Q, which is D but for the last layers,
+guesses c from the picture. G is rewarded if Q guesses right, so that c has to show in the picture: the category as the
+digit, the numbers as slant or width. The reward is a lower bound L of the mutual information I: for any Q(c|x)
 
     I(c; G(z, c)) = H(c) - H(c|x) = H(c) + E log P(c|x) >= H(c) + E log Q(c|x) = L
 
     D and Q maximise  log D(x) + log(1 - D(G(z, c))) + weight L
     G maximises       log D(G(z, c)) + weight L
 
-Perfect guesses of the category make L = ln 10 = 2.303 nats. loss_d and loss_g in the log are without L.
+Perfect guesses of the category make L = ln 10 = 2.303 nats. loss_d and loss_g in the log are those of the GAN alone.
 
     python infogan.py                           # the built-in digits, no download
     python infogan.py --dataset mnist --epochs 20
 
-What changes from dcgan.py: codes, Q, L; and what the codes mean is measured, on pictures kept from training and with
-labels that nothing was trained on: cluster_error in the log, factors.png.
-Where this differs from the paper: TODO
+What changes from dcgan.py: codes, Q, L; and what the codes mean is measured, on a tenth of the pictures that is not
+trained on, by their labels and by the factors that `digits` were rendered from: cluster_error in the log, factors.png.
+Where this differs from the paper: two things make the categories digits, on every seed. z has 16 numbers, not 62, for
+what z can say the category need not. And Q guesses the categories of half of the fakes when they are slanted, scaled
+and shifted at random (--augment 0: not), so that these do not become categories; they remain for the numbers. Both
+weights of L are 1 in the paper, here 1 and 0.3. Widths 16 and 32, two layers at each resolution, and 512 (the paper: 64,
+128, 1024). z is normal. Samples from an average of G's weights. Q's variance of the numbers is 1, which keeps L below
+-0.226 for each of them (--continuous-variance learned).
 """
 import argparse
 import json
@@ -32,15 +37,13 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import nn
-from torch.nn.functional import cross_entropy, one_hot, softplus
+from torch.nn.functional import affine_grid, cross_entropy, grid_sample, one_hot, softplus
 from torch.optim.swa_utils import AveragedModel
 from common import DATASETS, Fault, Misuse, epoch_order, fixed_noise, grid, load_data, sample, save_atomically, to_batch
 
 class Generator(nn.Module):
     """z and c (B, inputs) -> image (B, img_channels, img_size, img_size) in [-1, 1]; shapes below are of the defaults.
-
-    hidden_channels are listed from the image inwards. Raises Fault if img_size cannot be halved once for each of them.
-    """
+    hidden_channels: from the image inwards. Raises Fault if img_size cannot be halved once for each of them."""
     def __init__(self, inputs=28, img_size=28, img_channels=1, hidden_channels=(64, 128), depth=1, hidden=512):
         super().__init__()
         factor = 2 ** len(hidden_channels)
@@ -63,25 +66,20 @@ class Generator(nn.Module):
         return self.layers(x.permute(0, 3, 1, 2))  # channels last in memory, as the convolutions want them
 
 class Discriminator(nn.Module):
-    """image (B, img_channels, img_size, img_size) -> logit l (B,) of D(x) = sigmoid(l), and Q's guesses (B, guesses).
-
-    The guesses are, one after the other: a logit for each category of each categorical code, no softmax; a mean for
-    each continuous code; and the logarithm of its variance.
-    """
-    def __init__(self, guesses=14, img_size=28, img_channels=1, hidden_channels=(64, 128), depth=1, hidden=512,
-                 norm="batch"):  # fmt: skip
+    """image (B, img_channels, img_size, img_size) -> logit l (B,) of D(x) = sigmoid(l), and Q's guesses (B, guesses):
+    a logit, no softmax, for each category of each categorical code; a mean and then a log variance for each other."""
+    def __init__(self, guesses=14, img_size=28, img_channels=1, hidden_channels=(64, 128), depth=1, hidden=512):
         super().__init__()
-        norm_1d, norm_2d = (nn.BatchNorm1d, nn.BatchNorm2d) if norm == "batch" else [lambda size: nn.Identity()] * 2
         layers, channels = [], img_channels
         for width in hidden_channels:  # (B, 64, 14, 14), (B, 128, 7, 7)
             for stride in [2] + [1] * (depth - 1):
-                norm = norm_2d(width) if layers else nn.Identity()  # no batch norm on the first
-                layers += [nn.Conv2d(channels, width, 2 + stride, stride, 1), norm, nn.LeakyReLU(0.2, True)]
+                batch_norm = [nn.BatchNorm2d(width)] if layers else []  # not on the first
+                layers += [nn.Conv2d(channels, width, 2 + stride, stride, 1), *batch_norm, nn.LeakyReLU(0.2, True)]
                 channels = width
         self.convs, size = nn.Sequential(*layers), (img_size // 2 ** len(hidden_channels)) ** 2 * channels
-        self.trunk = nn.Sequential(nn.Linear(size, hidden), norm_1d(hidden), nn.LeakyReLU(0.2, True))  # (B, 512)
+        self.trunk = nn.Sequential(nn.Linear(size, hidden), nn.BatchNorm1d(hidden), nn.LeakyReLU(0.2, True))  # (B, 512)
         self.classify = nn.Linear(hidden, 1)
-        layers = [nn.Linear(hidden, 128), norm_1d(128), nn.LeakyReLU(0.2, True)]
+        layers = [nn.Linear(hidden, 128), nn.BatchNorm1d(128), nn.LeakyReLU(0.2, True)]
         self.guess = nn.Sequential(*layers, nn.Linear(128, guesses))  # Q
 
     def forward(self, x):
@@ -118,10 +116,16 @@ def draw_codes(n, sizes, continuous, device="cpu"):
     categories = [one_hot(torch.randint(size, (n,), device=device), size) for size in sizes]
     return torch.cat([*categories, 2 * torch.rand(n, continuous, device=device) - 1], 1)
 
+def augment(x, strength):
+    """Each picture of x (B, C, H, W) scaled, slanted, turned and shifted at random; differentiable."""
+    maps = torch.eye(2, 3, device=x.device) + strength * (2 * torch.rand(len(x), 2, 3, device=x.device) - 1)
+    places = affine_grid(maps, x.shape, align_corners=False)  # (B, H, W, 2)
+    x = grid_sample(x.float(), places, padding_mode="border", align_corners=False)
+    return x.contiguous(memory_format=torch.channels_last)
+
 def best_matching(table):
     """How many pictures of table (categories, labels), a list of lists, fit the best one-to-one matching, and the label
-    of each category. Exact: each set of labels is matched with the last categories once, in the best way.
-    """
+    of each category. Exact: each set of labels is matched with the last categories once, in the best way."""
     @cache
     def best(free):  # a frozen set of labels
         ways = ((best(free - {label}), table[-len(free)][label], label) for label in free)
@@ -130,11 +134,11 @@ def best_matching(table):
 
 def number(kind, low, high=math.inf):
     """A type for argparse: an int or a float from low to high."""
-    def parse(text):
+    def number(text):
         if low <= kind(text) <= high:
             return kind(text)
         raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
-    return parse
+    return number
 
 def parse_args(argv=None):
     """The flags; and args.given, where those that do not stand in argv are None."""
@@ -154,7 +158,7 @@ def parse_args(argv=None):
     run("--resume", action="store_true", help="go on with the run that is in the folder, by its flags, to --epochs")
     run("--sample", type=count, metavar="N", help="train nothing: write N pictures with the folder's checkpoint")
     run("--log-every", type=count, default=50, help="steps from one row of log.csv to the next (%(default)s)")
-    run("--sample-every", type=count, help="steps from one sample grid to the next (an epoch, and fewer in the first)")
+    run("--sample-every", type=count, help="steps from one sample grid to the next (an epoch; more often in the first)")
     run("--snapshot-every", type=count, help="epochs from one copy of G in generators/ to the next (none)")
     data("--dataset", choices=list(DATASETS), default="digits", help="folder: your own pictures (%(default)s)")
     data("--data-dir", default="data", help="where the data is, or is downloaded to (%(default)s)")
@@ -172,27 +176,27 @@ def parse_args(argv=None):
     adam("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: down to 0 at the last step")
     adam("--clip-grad-norm", type=amount, help="scale the gradients of a network down to this L2 norm (off)")
     adam("--ema", type=share, default=0.999, help="samples: from G's weights averaged with this decay (%(default)s)")
-    model("--d-norm", choices=["batch", "none"], default="batch", help="in D, Q and their trunk (%(default)s)")
     info("--categorical", type=number(int, 2), nargs="+", default=[10], help="categories of each categorical code (10)")
     info("--continuous", type=number(int, 0), default=2, help="how many continuous codes (%(default)s)")
-    info("--continuous-variance", choices=["fixed", "learned"], default="fixed", help="Q's for these; fixed: 1 (fixed)")
-    info("--info-weight-cat", type=amount, default=1, help="of the bound for the categories (%(default)s)")
-    info("--info-weight-cont", type=amount, default=0.3, help="of the bound for the continuous codes (%(default)s)")
+    info("--continuous-variance", choices=["fixed", "learned"], default="fixed", help="of Q's guess; fixed is 1 (fixed)")
+    info("--info-weight-cat", type=amount, default=1, help="weight of the bound for categories (%(default)s)")
+    info("--info-weight-cont", type=amount, default=0.3, help="weight of the bound for numbers (%(default)s)")
+    info("--augment", type=share, default=0.25, help="how far to distort for Q (%(default)s)")
     args = parser.parse_args(argv)
     args.given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args))))
     args.out = args.out or f"runs/infogan-{args.dataset}"
     return args
 
 def pick_device(args):
-    """The device, and whether to compute in bfloat16 there: where that is not native it is slow. Raises Misuse."""
+    """The device, and whether to compute in bfloat16 there. Raises Misuse."""
     best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         device = torch.zeros(1, device=best if args.device == "auto" else args.device).device
     except (RuntimeError, AssertionError) as error:
         raise Misuse(f"--device {args.device} cannot be used here: {str(error).partition('.')[0]}.") from error
     has = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-    native = any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    native = native or (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
+    cuda = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    native = cuda or has.get("avx512_bf16", has.get("bf16", False))  # elsewhere it is slow
     return device, args.precision == "bf16" or (args.precision == "auto" and native)
 
 def open_run(args):
@@ -204,7 +208,7 @@ def open_run(args):
         return None
     try:
         run = torch.load(path, map_location="cpu", weights_only=True)
-        script, flags = run["script"], run["args"]
+        script, flags = run["script"], run["args"] | {"out": args.out, "max_steps": None}
     except Exception as error:  # torch.load raises many kinds for a file that is not a checkpoint
         raise Fault(f"{path} is missing or damaged: name another folder, or start with --overwrite.") from error
     if script != "infogan":
@@ -212,7 +216,7 @@ def open_run(args):
     free = {"epochs", "max_steps", "device", "data_dir", "out", "overwrite", "resume", "sample", args.sample and "seed"}
     for name, value in flags.items():
         if getattr(args.given, name, None) is None:
-            setattr(args, name, None if name == "max_steps" else value)
+            setattr(args, name, value)
         elif getattr(args, name) != value and name not in free:
             raise Misuse(f"--{name.replace('_', '-')} contradicts the run in {args.out}, which has {value}: omit it.")
     return run
@@ -221,36 +225,35 @@ def build(args):
     """G and D as the flags say."""
     shape, n = (args.img_size, args.img_channels, args.hidden_channels, args.depth, args.hidden), sum(args.categorical)
     inputs, guesses = args.latent_dim + n + args.continuous, n + 2 * args.continuous
-    return Generator(inputs, *shape), Discriminator(guesses, *shape, args.d_norm)
+    return Generator(inputs, *shape), Discriminator(guesses, *shape)
 
 def measure(D, data, held_out, args, device):
     """The error of the first categorical code as a classifier of the pictures at held_out; nan if they have no labels.
-
-    Draws factors.png: the table of categories and labels, and what the continuous codes have to do with the factors.
-    """
-    first, means, error, maps = args.categorical[0], slice(sum(args.categorical), -args.continuous), math.nan, []
+    Draws factors.png: the table of categories and labels, and what the continuous codes have to do with the factors."""
+    first, n_cat = args.categorical[0], sum(args.categorical)
+    n = max(first, data.labels.max().item() + 1) if data.labels is not None else math.inf
+    if n > 16:  # there are 2^n sets of labels
+        return math.nan
     D.eval()
     with torch.no_grad():
         guesses = torch.cat([D(to_batch(data.images, i, device))[1].cpu() for i in held_out.split(500)])
     D.train()
-    n = max(first, data.labels.max().item() + 1) if data.labels is not None else math.inf
-    if n <= 16:  # there are 2^n sets of labels
-        table = torch.bincount(guesses[:, :first].argmax(1) * n + data.labels[held_out], minlength=n * n).view(n, n)
-        fit, labels = best_matching(table.tolist())
-        error = 1 - fit / len(held_out)
-        rows = [f"category {category} = {labels[category]}" for category in range(first)]
-        maps.append((f"Held-out pictures by label: error {error:.1%}", table[:first].numpy(), rows, range(n)))
+    table = torch.bincount(guesses[:, :first].argmax(1) * n + data.labels[held_out], minlength=n * n).view(n, n)
+    fit, labels = best_matching(table.tolist())
+    error, rows = 1 - fit / len(held_out), [f"category {category} = {labels[category]}" for category in range(first)]
+    maps = [(f"Held-out pictures by label: error {error:.1%}", table[:first].numpy(), rows, range(n))]
     if data.factors and args.continuous:
-        columns = torch.stack([*guesses[:, means].T, *(factor[held_out] for factor in data.factors.values())])
-        r = torch.corrcoef(columns.argsort(1).argsort(1).float()).abs()[: args.continuous, args.continuous :].numpy()
+        means = guesses[:, n_cat : n_cat + args.continuous]  # (N, C)
+        columns = torch.stack([*means.T, *(factor[held_out] for factor in data.factors.values())])  # (C + F, N)
+        ranks = columns.argsort(1).argsort(1).float()
+        r = torch.corrcoef(ranks).abs()[: args.continuous, args.continuous :].numpy()  # (C, F)
         rows = [f"code {c + 1}" for c in range(args.continuous)]
         maps.append(("|Rank correlation| of Q's mean and the factor", r, rows, data.factors))
     figure = Figure(figsize=(7 * len(maps) + 1, 4.5), layout="constrained")
     for number, (title, values, rows, columns) in enumerate(maps, 1):
         axes = figure.add_subplot(1, len(maps), number)
         axes.imshow(values, cmap="Blues", aspect="auto")
-        axes.set_title(title)
-        axes.set_xticks(range(len(columns)), columns)
+        axes.set(title=title, xticks=range(len(columns)), xticklabels=columns)
         axes.set_yticks(range(len(rows)), rows)
         for (row, column), value in np.ndenumerate(values):
             axes.text(column, row, f"{value:.3g}", ha="center", color="white" if 2 * value > values.max() else "black")
@@ -260,9 +263,10 @@ def measure(D, data, held_out, args, device):
 def save_traversals(G, args, device):
     """traversal.png: a block for each code; traversal.gif: each continuous code to and fro, a category a column."""
     sizes, z, blocks = args.categorical, fixed_noise(10, args.latent_dim, args.seed), {}
-    def draw(z, category, value=0, k=0, j=0):  # c is 0 but for the category of code k and the value of code j
+    def draw(z, category, value=0, k=0, j=0):  # the other categories are the first ones, the other numbers 0
         c = [one_hot(category if i == k else category * 0, size) for i, size in enumerate(sizes)]
-        codes = torch.as_tensor(value).view(-1, 1) * torch.eye(args.continuous)[j : j + 1].expand(len(z), -1)
+        codes = torch.zeros(len(z), args.continuous)
+        codes[:, j : j + 1] = torch.as_tensor(value).view(-1, 1)
         return sample(G, torch.cat([z, *c, codes], 1).to(device))
     for k, size in enumerate(sizes):
         category = torch.arange(size).repeat_interleave(10)
@@ -341,8 +345,8 @@ def train(args):
     c = draw_codes(8 * sizes[0], sizes, args.continuous)
     c[:, : sizes[0]] = torch.eye(sizes[0]).repeat_interleave(8, 0)  # in the grid a row a category
     step, z_fixed = 0, torch.cat([fixed_noise(len(c), args.latent_dim, args.seed), c], 1).to(device)
-    order, n = epoch_order(len(images), len(images), args.seed, 0)[0], len(images) // 10
-    held_out, training = order[: n or 1], order[n:]  # indexes of pictures
+    shuffled, n = epoch_order(len(images), len(images), args.seed, 0)[0], len(images) // 10
+    held_out, training = shuffled[: n or 1], shuffled[n:]  # indexes of pictures
     batch_size = min(args.batch_size, len(training))
     steps_per_epoch = len(training) // batch_size
     args.epochs = args.epochs or max(10, math.ceil(9000 / steps_per_epoch))
@@ -369,6 +373,13 @@ def train(args):
     (out / "log.csv").write_text("\n".join(log) + "\n")  # without what a killed run logged after its checkpoint
     (out / "args.json").write_text(json.dumps(flags | facts, indent=2) + "\n")
     print(f"{len(images):,} pictures {tuple(images.shape[1:])}, parameters {numbers}, {facts['on']}, {out}", flush=True)
+    def judge(x):  # D and Q, which has to guess the categories of the first half of the pictures from distorted ones
+        logits, guesses = D(x)
+        if args.augment:
+            distorted = D(augment(x[: max(2, batch_size // 2)], args.augment))[1]
+            categories = torch.cat([distorted, guesses[len(distorted) :]])[:, : sum(sizes)]
+            guesses = torch.cat([categories, guesses[:, sum(sizes) :]], 1)
+        return logits, guesses
     first, stop, started, since = step, [], time.time(), (time.time(), step)
     ctrl_c = signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # finish the step, then save
     try:
@@ -385,7 +396,7 @@ def train(args):
             z = torch.cat([torch.randn(batch_size, args.latent_dim, device=device), c], 1)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 x_fake = G(z)  # kept for the G step
-                (logits_real, _), (logits_fake, guesses) = D(x_real), D(x_fake.detach())  # detached: no way to G
+                (logits_real, _), (logits_fake, guesses) = D(x_real), judge(x_fake.detach())  # detached: no way to G
             loss_d = discriminator_loss(logits_real, logits_fake)
             info_cat, info_cont = information(guesses, c, sizes, args.continuous_variance)
             opt_d.zero_grad()
@@ -396,7 +407,7 @@ def train(args):
             # (2) G step: maximise log D(G(z, c)) + weight L for the same z and c, with D and Q frozen
             D.requires_grad_(False)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                logits, guesses = D(x_fake)
+                logits, guesses = judge(x_fake)
             loss_g = generator_loss(logits)
             info_cat, info_cont = information(guesses, c, sizes, args.continuous_variance)
             opt_g.zero_grad()

@@ -21,6 +21,7 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
@@ -58,6 +59,17 @@ def script(request):
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+
+
+DRAWN = ["test_one_step_writes_everything", "test_mlp_gan_keeps_the_gradient_of_the_last_layer_of_each_epoch"]
+DRAWN += ["test_infogan_traversals_for_any_codes"]
+
+
+@pytest.fixture(autouse=True)
+def plots_are_drawn_only_where_they_are_looked_at(request, monkeypatch):
+    """Drawing takes longer than the tiny runs; all but the drawing is done in each test."""
+    if request.node.originalname not in DRAWN:
+        monkeypatch.setattr(Figure, "savefig", lambda self, path, dpi: Path(path).write_bytes(b""))
 
 
 @pytest.fixture(scope="session")
@@ -235,6 +247,15 @@ def test_resume_drops_what_a_killed_run_logged_after_its_checkpoint(script, pict
         file.write("2,4," + ",".join(["7"] * (len(log("whole")[0]) - 2)) + "\n")
     script.main(["--out", "parts", "--resume", "--epochs", "2"])
     same_run("whole", "parts")
+
+
+def test_a_run_that_was_moved_is_resumed_where_it_is(script, pictures):
+    run_on_pictures(script, pictures, "old", "--epochs", 1)
+    Path("runs").mkdir()
+    Path("old").rename(f"runs/{script.__name__}-digits")  # the default folder
+    assert script.main(["--resume", "--epochs", "2"]) == 0
+    assert not Path("old").exists()
+    assert checkpoint(f"runs/{script.__name__}-digits")["step"] == 6
 
 
 def test_resume_of_a_finished_run_changes_nothing(script, pictures):
@@ -508,10 +529,10 @@ def test_mlp_gan_keeps_the_gradient_of_the_last_layer_of_each_epoch(pictures, mo
 
     monkeypatch.setattr(torch.optim.Adam, "step", spy)
     run_on_pictures(mlp_gan, pictures, "r", "--epochs", 2)
-    mlp_gan.main(["--out", "r", "--resume", "--epochs", "30"])
+    mlp_gan.main(["--out", "r", "--resume", "--epochs", "14"])
     gradients = checkpoint("r")["gradients"]
-    assert gradients.shape == (30, 4)
-    for epoch in range(30):  # D's step is the first of two, 3 steps an epoch
+    assert gradients.shape == (14, 4)
+    for epoch in range(14):  # D's step is the first of two, 3 steps an epoch
         assert torch.equal(gradients[epoch], seen[6 * epoch + 4].flatten())
     assert imageio.imread("r/gradients.png").shape[2] in (3, 4)
 
@@ -1240,6 +1261,33 @@ def test_the_weights_of_the_information_reach_both_steps(pictures, monkeypatch):
         assert difference.abs().max() > 0
         assert torch.allclose(two[0] - none[0], 2 * difference, atol=1e-5)
         assert (one[1] - none[1]).abs().max() > 0  # of G
+
+
+def test_augment_is_random_for_each_picture_and_differentiable():
+    torch.manual_seed(0)
+    x = torch.rand(1, 2, 12, 12).expand(8, 2, 12, 12).clone().requires_grad_()
+    assert torch.allclose(infogan.augment(x, 0), x, atol=1e-5)
+    y = infogan.augment(x, 0.25)
+    assert y.shape == x.shape
+    assert len({round(value, 5) for value in y.flatten(1).sum(1).tolist()}) == 8
+    y.sum().backward()
+    assert (x.grad != 0).float().mean() > 0.5
+    assert torch.allclose(infogan.augment(torch.full((3, 1, 8, 8), -1.0), 0.5), torch.tensor(-1.0))  # no new border
+
+
+def test_q_sees_half_of_the_fakes_distorted_and_only_for_the_categories(pictures, monkeypatch):
+    seen, guesses = [], []
+    information = infogan.information
+    monkeypatch.setattr(infogan, "augment", lambda x, strength: seen.append((len(x), strength)) or x * 0)
+    monkeypatch.setattr(infogan, "information", lambda g, *args: guesses.append(g.detach()) or information(g, *args))
+    run_on_pictures(infogan, pictures, "r", "--max-steps", 1, "--augment", 0.1)
+    assert seen == [(4, 0.1)] * 2  # in the D step and in the G step
+    categories, others = guesses[1][:, :10], guesses[1][:, 10:]
+    assert (categories[:4] == categories[0]).all()  # all of the same picture, a grey one
+    assert len(categories[4:].unique(dim=0)) == 4
+    assert len(others.unique(dim=0)) == 8
+    run_on_pictures(infogan, pictures, "off", "--max-steps", 1, "--augment", 0)
+    assert len(seen) == 2
 
 
 def confident(monkeypatch, table):

@@ -11,15 +11,21 @@ so that a critic D, which returns a score and no probability, is trained to tell
     D maximises  E D(x) - E D(G(z))   loss_d = mean D(G(z)) - mean D(x) + 10 mean (|grad D(x_mix)| - 1)^2
     G minimises  W                    loss_g = -mean D(G(z))
 
-D must not be steeper than 1 (1-Lipschitz). --lipschitz gp penalises other slopes at points x_mix between real and fake
-pictures, which takes a second derivative. clip keeps each weight within 0.01: free, but such a critic is simple, and
-its gradients are tiny. spectral divides each layer by its largest singular value: cheap, but D stays well below 1.
+D must not be steeper than 1 (1-Lipschitz), and the best D has slope 1 on the lines between the pictures of an optimal
+transport. --lipschitz gp penalises other slopes at points x_mix on lines between real and fake pictures, which takes a
+second derivative. clip keeps each weight within 0.01: free, but such a critic is simple, and its slope far from 1.
+spectral divides the weights of each layer by their largest singular value: cheap, but for convolutions that bounds the
+slope elsewhere than at 1. With these two W is known only up to a factor. loss_g has no fixed zero: it may drift.
 
     python wgan_gp.py                           # the built-in digits, no download
     python wgan_gp.py --dataset mnist --epochs 20
 
-What changes from wgan_gp.py: no probabilities, no batch norm in D, several D steps for each G step, W in the log.
-Where this differs from the papers: TODO
+What changes from dcgan.py: no probabilities, no batch norm in D, five D steps for each G step, W in the log.
+Where this differs from the papers: Adam's rate is 1e-3 (theirs, 1e-4, makes no legible digits in 5 epochs of MNIST);
+betas (0, 0.9) as in Algorithm 1 (their MNIST code: (0.5, 0.9)); batch 32, not 64, for twice as many steps an epoch;
+RMSprop at 1e-3 for clip, not 5e-5; widths 16 and 32, two layers at each resolution; samples from an average of G's
+weights; up to 1,000 pictures are kept from training; the residual critic ends without mean pooling. Nearer to theirs:
+--lr-g 1e-4 --lr-d 1e-4 --batch-size 64 --ema 0 --hidden-channels 64 128 256 --depth 1 --img-size 32
 """
 import argparse
 import json
@@ -52,17 +58,16 @@ class ResBlock(nn.Module):
 
 class Generator(nn.Module):
     """z (B, latent_dim) -> image (B, img_channels, img_size, img_size) in [-1, 1]; shapes below are of the defaults.
-
-    hidden_channels are listed from the image inwards. Raises Fault if img_size cannot be halved once for each of them.
-    """
+    hidden_channels: from the image inwards. Raises Fault if img_size cannot be halved once for each of them."""
     def __init__(self, latent_dim=100, img_size=28, img_channels=1, hidden_channels=(64, 128), depth=1, arch="conv"):
         super().__init__()
         factor = 2 ** len(hidden_channels)
         if factor == 1 or img_size % factor:
             raise Fault(f"--img-size {img_size} is not a multiple of {max(factor, 2)}: each hidden channel halves it.")
-        *widths, channels = img_channels if arch == "conv" else hidden_channels[0], *hidden_channels
+        first = img_channels if arch == "conv" else hidden_channels[0]
+        *widths, channels = first, *hidden_channels  # from the image inwards
         self.start = (img_size // factor, img_size // factor, channels)
-        self.project, layers = nn.Linear(latent_dim, math.prod(self.start), bias=False), []  # (B, 128, 7, 7)
+        self.project, layers = nn.Linear(latent_dim, math.prod(self.start), bias=False), []  # (B, 7 * 7 * 128)
         for width in reversed(widths):  # (B, 64, 14, 14), (B, 1, 28, 28); resnet (B, 64, 28, 28)
             if arch == "resnet":
                 layers += [ResBlock(channels, width, nn.BatchNorm2d, up=[nn.Upsample(scale_factor=2)])]
@@ -103,7 +108,7 @@ class Critic(nn.Module):
 
     def forward(self, x):
         x = self.layers(x).permute(0, 2, 3, 1).flatten(1)  # (B, 7 * 7 * 128), in the order in which they lie in memory
-        return self.score(x).squeeze(1).float()  # (B,)
+        return (x.float() * self.score.weight).sum(1)  # (B,), in fp32: a score may drift to where bf16 has no fractions
 
 def critic_loss(scores_real, scores_fake):
     """mean D(G(z)) - mean D(x): the critic's estimate of the Wasserstein distance, with a minus."""
@@ -126,11 +131,11 @@ def gradient_penalty(critic, x_real, x_fake):
 
 def number(kind, low, high=math.inf):
     """A type for argparse: an int or a float from low to high."""
-    def parse(text):
+    def number(text):
         if low <= kind(text) <= high:
             return kind(text)
         raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
-    return parse
+    return number
 
 def parse_args(argv=None):
     """The flags; and args.given, where those that do not stand in argv are None."""
@@ -138,9 +143,9 @@ def parse_args(argv=None):
     count, share, amount = number(int, 1), number(float, 0, 1), number(float, 0)
     groups = ("run", "data", "model", "optimiser", "Lipschitz constraint")
     run, data, model, adam, lipschitz = (parser.add_argument_group(group).add_argument for group in groups)
-    run("--epochs", type=count, help="passes over the data, in all (10, or more: as many as make 9,000 steps)")
+    run("--epochs", type=count, help="passes over the data, in all (10, or more: as many as make 4,000 steps)")
     run("--max-steps", type=count, help="stop after so many generator updates, if that comes first")
-    run("--batch-size", type=number(int, 2), default=64, help="pictures in a batch (%(default)s)")
+    run("--batch-size", type=number(int, 2), default=32, help="pictures in a batch (%(default)s)")
     run("--seed", type=number(int, 0, 2**31), default=0, help="of the weights, the noise and the order (%(default)s)")
     run("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
     run("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where the hardware has it")
@@ -150,7 +155,7 @@ def parse_args(argv=None):
     run("--resume", action="store_true", help="go on with the run that is in the folder, by its flags, to --epochs")
     run("--sample", type=count, metavar="N", help="train nothing: write N pictures with the folder's checkpoint")
     run("--log-every", type=count, default=50, help="steps from one row of log.csv to the next (%(default)s)")
-    run("--sample-every", type=count, help="steps from one sample grid to the next (an epoch, and fewer in the first)")
+    run("--sample-every", type=count, help="steps from one sample grid to the next (an epoch; more often in the first)")
     run("--snapshot-every", type=count, help="epochs from one copy of G in generators/ to the next (none)")
     data("--dataset", choices=list(DATASETS), default="digits", help="folder: your own pictures (%(default)s)")
     data("--data-dir", default="data", help="where the data is, or is downloaded to (%(default)s)")
@@ -161,16 +166,16 @@ def parse_args(argv=None):
     model("--hidden-channels", type=count, nargs="+", help="from the image inwards (32 64 ... / depth, to about 8x8)")
     model("--arch", choices=["conv", "resnet"], default="conv", help="resnet: residual blocks, as in 1704.00028 (conv)")
     model("--depth", type=count, help="convolutions at each resolution, the extra ones 3x3 (1; under 64x64 2)")
-    adam("--lr-g", type=share, default=2e-4, help="Adam's rate for G (%(default)s)")
-    adam("--lr-d", type=share, default=2e-4, help="Adam's rate for D (%(default)s)")
-    adam("--betas", type=number(float, 0, 0.9999), nargs=2, default=[0.5, 0.999], help="Adam's memory (0.5 0.999)")
+    adam("--lr-g", type=share, default=1e-3, help="Adam's rate for G (%(default)s)")
+    adam("--lr-d", type=share, default=1e-3, help="Adam's rate for D (%(default)s)")
+    adam("--betas", type=number(float, 0, 0.9999), nargs=2, default=[0.0, 0.9], help="Adam's memory (0 0.9)")
     adam("--adam-eps", type=share, default=1e-8, help="Adam's epsilon (%(default)s)")
     adam("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: down to 0 at the last step")
     adam("--clip-grad-norm", type=amount, help="scale the gradients of a network down to this L2 norm (off)")
     adam("--ema", type=share, default=0.999, help="samples: from G's weights averaged with this decay (%(default)s)")
     model("--critic-norm", choices=["none", "layer"], default="none", help="layer norm in the critic (%(default)s)")
-    lipschitz("--lipschitz", choices=["gp", "clip", "spectral"], default="gp", help="how to hold D's slope (gp)")
-    lipschitz("--gp-weight", type=amount, default=10, help="of the gradient penalty (%(default)s)")
+    lipschitz("--lipschitz", choices=["gp", "clip", "spectral"], default="gp", help="what holds D's slope (gp)")
+    lipschitz("--gp-weight", type=amount, default=10, help="of the penalty of gp (%(default)s)")
     lipschitz("--clip-value", type=amount, default=0.01, help="bound of each weight of D with clip (%(default)s)")
     lipschitz("--critic-steps", type=count, default=5, help="D updates for each update of G (%(default)s)")
     args = parser.parse_args(argv)
@@ -179,15 +184,15 @@ def parse_args(argv=None):
     return args
 
 def pick_device(args):
-    """The device, and whether to compute in bfloat16 there: where that is not native it is slow. Raises Misuse."""
+    """The device, and whether to compute in bfloat16 there. Raises Misuse."""
     best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         device = torch.zeros(1, device=best if args.device == "auto" else args.device).device
     except (RuntimeError, AssertionError) as error:
         raise Misuse(f"--device {args.device} cannot be used here: {str(error).partition('.')[0]}.") from error
     has = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-    native = any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    native = native or (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
+    cuda = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    native = cuda or has.get("avx512_bf16", has.get("bf16", False))  # elsewhere it is slow
     return device, args.precision == "bf16" or (args.precision == "auto" and native)
 
 def open_run(args):
@@ -199,7 +204,7 @@ def open_run(args):
         return None
     try:
         run = torch.load(path, map_location="cpu", weights_only=True)
-        script, flags = run["script"], run["args"]
+        script, flags = run["script"], run["args"] | {"out": args.out, "max_steps": None}
     except Exception as error:  # torch.load raises many kinds for a file that is not a checkpoint
         raise Fault(f"{path} is missing or damaged: name another folder, or start with --overwrite.") from error
     if script != "wgan_gp":
@@ -207,7 +212,7 @@ def open_run(args):
     free = {"epochs", "max_steps", "device", "data_dir", "out", "overwrite", "resume", "sample", args.sample and "seed"}
     for name, value in flags.items():
         if getattr(args.given, name, None) is None:
-            setattr(args, name, None if name == "max_steps" else value)
+            setattr(args, name, value)
         elif getattr(args, name) != value and name not in free:
             raise Misuse(f"--{name.replace('_', '-')} contradicts the run in {args.out}, which has {value}: omit it.")
     return run
@@ -221,19 +226,18 @@ def save_plots(out):
     """losses.png: the curves of log.csv, each with its running mean."""
     log = np.atleast_1d(np.genfromtxt(out / "log.csv", delimiter=",", names=True))
     n = len(log) // 40 + 1  # rows in the running mean
-    figure = Figure(figsize=(13, 7), layout="constrained")
-    panels = figure.subplots(2, 2).flat
-    curves = {"wasserstein": "training batch", "wasserstein_heldout": "held-out pictures", "critic_grad_norm": "slope"}
-    curves |= {"gradient_penalty": "penalty", "loss_d": "D", "loss_g": "G", "grad_norm_d": "D", "grad_norm_g": "G"}
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    panels = figure.subplots(1, 3)
+    curves = {"wasserstein": "last batch", "wasserstein_heldout": "held-out pictures", "critic_grad_norm": "slope"}
+    curves |= {"gradient_penalty": "penalty, unweighted", "grad_norm_d": "D", "grad_norm_g": "G"}
     for i, (column, label) in enumerate(curves.items() if log.size else []):
         x, y, panel, colour = log["step"], log[column], panels[i // 2], f"C{i % 2}"
         panel.plot(x, y, colour, alpha=0.25)
         panel.plot(x[n - 1 :], np.convolve(y, np.ones(n) / n, "valid"), colour, label=label)
         panel.legend()
-    panels[0].set(title="Wasserstein estimate: how far G is from the data", ylabel="E D(x) - E D(G(z))", ylim=(0, None))
-    panels[1].set(title="The critic's slope between real and fake: 1 is wanted", ylabel="|grad D|", ylim=(0, 2))
-    panels[2].set(title="Loss", ylabel="loss")
-    panels[3].set(title="Gradient norm", ylabel="L2 norm of all gradients", yscale="log")
+    panels[0].set(title="Wasserstein estimate: how far off G is", ylabel="E D(x) - E D(G(z))", ylim=(0, None))
+    panels[1].set(title="The critic's slope: 1 is wanted", ylabel="|grad D|", ylim=(0, 2))
+    panels[2].set(title="Gradient norm", ylabel="L2 norm of all gradients", yscale="log")
     figure.supxlabel("step (generator updates)")
     figure.savefig(out / "losses.png", dpi=100)
 
@@ -256,25 +260,25 @@ def train(args):
     if run and len(images) != args.num_images:
         raise Fault(f"{out} was trained on {args.num_images} pictures, but {len(images)} are there now.")
     args.num_images, args.img_channels, args.img_size, _ = images.shape
-    args.depth = args.depth or (2 if args.img_size < 64 else 1)
+    args.depth = args.depth or (2 if args.img_size < 64 and args.arch == "conv" else 1)
     halvings = range(max(1, round(math.log2(args.img_size / 8))))
     args.hidden_channels = args.hidden_channels or [32 // args.depth << n for n in halvings]  # what a laptop can do
     torch.manual_seed(args.seed)
     G, D = (network.to(device, memory_format=torch.channels_last) for network in build(args))
     G_ema = AveragedModel(G, avg_fn=lambda mean, now, _: now.lerp(mean, min(args.ema, (1 + step) / (10 + step))))
-    optimiser = partial(torch.optim.Adam, betas=args.betas, eps=args.adam_eps, fused=True)
-    if args.lipschitz == "clip":
-        optimiser = partial(torch.optim.RMSprop, eps=args.adam_eps)  # momentum and clipping do not go together
-    opt_g, opt_d = optimiser(G.parameters(), args.lr_g), optimiser(D.parameters(), args.lr_d)
+    adam = partial(torch.optim.Adam, betas=args.betas, eps=args.adam_eps, fused=True)
+    if args.lipschitz == "clip":  # as in 1701.07875, which found Adam unstable
+        adam = partial(torch.optim.RMSprop, eps=args.adam_eps)
+    opt_g, opt_d = adam(G.parameters(), args.lr_g), adam(D.parameters(), args.lr_d)
     parts = {"G": G, "D": D, "G_ema": G_ema, "opt_g": opt_g, "opt_d": opt_d}
     if args.compile:
         G.compile(), args.lipschitz == "gp" or D.compile()  # gp differentiates D twice, and compiled code cannot be
     step, z_fixed = 0, fixed_noise(64, args.latent_dim, args.seed).to(device)
-    order, n = epoch_order(len(images), len(images), args.seed, 0)[0], min(1000, len(images) // 10)
-    held_out, training = order[: n or 1], order[n:]  # indexes of pictures
+    shuffled, n = epoch_order(len(images), len(images), args.seed, 0)[0], min(1000, len(images) // 10)
+    held_out, training = shuffled[: n or 1], shuffled[n:]  # indexes of pictures
     batch_size = min(args.batch_size, len(training))
     steps_per_epoch = max(1, len(training) // (batch_size * args.critic_steps))
-    args.epochs = args.epochs or max(10, math.ceil(9000 / steps_per_epoch))
+    args.epochs = args.epochs or max(10, math.ceil(4000 / steps_per_epoch))
     last_step = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
     flags = {name: value for name, value in vars(args).items() if name != "given"}
     sizes = {name: sum(p.numel() for p in parts[name].parameters()) for name in ("G", "D")}
@@ -304,7 +308,7 @@ def train(args):
             fade = (1 + math.cos(math.pi * (step - 1) / last_step)) / 2 if args.lr_schedule == "cosine" else 1
             opt_g.param_groups[0]["lr"], opt_d.param_groups[0]["lr"] = args.lr_g * fade, args.lr_d * fade
 
-            # (1) D steps: maximise E D(x) - E D(G(z)), the slope of D being held near or below 1
+            # (1) D steps: maximise E D(x) - E D(G(z)) under the constraint; W is a maximum over D, hence several steps
             D.requires_grad_(True)
             order = epoch_order(len(training), batch_size * args.critic_steps, args.seed, epoch)[i]
             for index in training[order].split(batch_size):  # critic_steps times (B,)
