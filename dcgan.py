@@ -236,6 +236,7 @@ def save_plots(out):
         x, y, panel, colour = log["step"], log[log.dtype.names[i + 2]], panels[i // 2], f"C{i % 2}"
         panel.plot(x, y, colour, alpha=0.25)
         panel.plot(x[n - 1 :], np.convolve(y, np.ones(n) / n, "valid"), colour, label=label)
+        panel.locator_params("x", nbins=5)
         panel.legend()
     panels[0].set(title="Loss", ylabel="loss")
     panels[1].set(title="What D thinks: 0.5 is a draw", ylabel="probability of being real", ylim=(0, 1))

@@ -19,8 +19,8 @@ trained on, by their labels and by the factors that `digits` were rendered from:
 Where this differs from the paper: two things make the categories digits, on every seed. z has 16 numbers, not 62, for
 what z can say the category need not. And Q guesses the categories of half of the fakes when they are slanted, scaled
 and shifted at random (--augment 0: not), so that these do not become categories; they remain for the numbers. Both
-weights of L are 1 in the paper, here 1 and 0.3. Widths 16 and 32, two layers at each resolution, and 512 (the paper: 64,
-128, 1024). z is normal. Samples from an average of G's weights. Q's variance of the numbers is 1, which keeps L below
+weights of L are 1 in the paper, here 1 and 0.3. Widths 16, 32 (two layers at each resolution) and 512; the paper: 64,
+128, 1024. z is normal. Samples from an average of G's weights. Q's variance of the numbers is 1, which keeps L below
 -0.226 for each of them (--continuous-variance learned).
 """
 import argparse
@@ -178,7 +178,7 @@ def parse_args(argv=None):
     adam("--ema", type=share, default=0.999, help="samples: from G's weights averaged with this decay (%(default)s)")
     info("--categorical", type=number(int, 2), nargs="+", default=[10], help="categories of each categorical code (10)")
     info("--continuous", type=number(int, 0), default=2, help="how many continuous codes (%(default)s)")
-    info("--continuous-variance", choices=["fixed", "learned"], default="fixed", help="of Q's guess; fixed is 1 (fixed)")
+    info("--continuous-variance", choices=["fixed", "learned"], default="fixed", help="of Q; fixed is 1 (fixed)")
     info("--info-weight-cat", type=amount, default=1, help="weight of the bound for categories (%(default)s)")
     info("--info-weight-cont", type=amount, default=0.3, help="weight of the bound for numbers (%(default)s)")
     info("--augment", type=share, default=0.25, help="how far to distort for Q (%(default)s)")
@@ -298,6 +298,7 @@ def save_plots(out):
         x, y, panel, colour = log["step"], log[column], panels[i // 2], f"C{i % 2}"
         panel.plot(x, y, colour, alpha=0.25)
         panel.plot(x[n - 1 :], np.convolve(y, np.ones(n) / n, "valid"), colour, label=label)
+        panel.locator_params("x", nbins=5)
         panel.legend()
     panels[0].set(title="Loss", ylabel="loss")
     panels[1].set(title="What D thinks: 0.5 is a draw", ylabel="probability of being real", ylim=(0, 1))

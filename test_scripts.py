@@ -434,7 +434,8 @@ def test_g_step_freezes_d(script, pictures, monkeypatch):
         return original(self, x)
 
     monkeypatch.setattr(network, "forward", forward)
-    run_on_pictures(script, pictures, "r", "--max-steps", 1, "--log-every", 1)
+    plain = ["--augment", 0] if script is infogan else []
+    run_on_pictures(script, pictures, "r", "--max-steps", 1, "--log-every", 1, *plain)
     d_step = [(False, {True})] * 2 + [(True, {True})] * (script is wgan_gp)  # real, fake, and between them
     assert forwards[: len(d_step) + 1] == [*d_step, (True, {False})]  # then fake for G
 
@@ -1060,9 +1061,9 @@ def test_spectral_normalisation_holds_the_largest_singular_value_at_one(pictures
 
 
 def test_gp_draws_the_slope_towards_one(pictures):
-    run_on_pictures(wgan_gp, pictures, "r", "--epochs", 60, "--lr-d", 5e-3, "--lr-g", 0, "--betas", 0, 0.9)
+    run_on_pictures(wgan_gp, pictures, "r", "--epochs", 40, "--lr-d", 5e-3, "--lr-g", 0, "--betas", 0, 0.9)
     assert 0.7 < float(log("r")[-1]["critic_grad_norm"]) < 1.3
-    run_on_pictures(wgan_gp, pictures, "s", "--epochs", 60, "--lr-d", 5e-3, "--lr-g", 0, "--gp-weight", 0)
+    run_on_pictures(wgan_gp, pictures, "s", "--epochs", 40, "--lr-d", 5e-3, "--lr-g", 0, "--gp-weight", 0)
     assert float(log("s")[-1]["critic_grad_norm"]) > 3
 
 
@@ -1344,16 +1345,18 @@ def test_the_sample_grid_has_a_category_a_row(pictures, monkeypatch):
     z = checkpoint("r")["z_fixed"].view(10, 8, -1)
     assert torch.equal(z[:, :, 8:18].argmax(2), torch.arange(10).view(10, 1).expand(10, 8))
     others = torch.cat([z[..., :8], z[..., 18:]], 2)
-    assert (others == others[:1]).all()  # noise and continuous codes are those of the column
-    assert len(others[0].unique(dim=0)) == 8
+    assert len(others.flatten(0, 1).unique(dim=0)) == 80
+    assert z[..., 18:].abs().max() <= 1
 
 
-@pytest.mark.parametrize("flags", [["--categorical", 3, 2, "--continuous", 1], ["--continuous", 0]])
-def test_infogan_traversals_for_any_codes(pictures, flags):
+@pytest.mark.parametrize(
+    ("flags", "frames"), [(["--categorical", 3, 2, "--continuous", 1], 24), (["--continuous", 0], 1)]
+)
+def test_infogan_traversals_for_any_codes(pictures, flags, frames):
     assert run_on_pictures(infogan, pictures, "r", "--max-steps", 1, *flags) == 0
     assert infogan.main(["--out", "r", "--sample", "3"]) == 0
     assert imageio.imread("r/traversal.png").shape[1] > 300
-    assert len(imageio.mimread("r/traversal.gif", memtest=False)) == 24
+    assert len(imageio.mimread("r/traversal.gif", memtest=False)) == frames  # all alike are kept as one
 
 
 # common.py

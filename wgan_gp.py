@@ -234,6 +234,7 @@ def save_plots(out):
         x, y, panel, colour = log["step"], log[column], panels[i // 2], f"C{i % 2}"
         panel.plot(x, y, colour, alpha=0.25)
         panel.plot(x[n - 1 :], np.convolve(y, np.ones(n) / n, "valid"), colour, label=label)
+        panel.locator_params("x", nbins=5)
         panel.legend()
     panels[0].set(title="Wasserstein estimate: how far off G is", ylabel="E D(x) - E D(G(z))", ylim=(0, None))
     panels[1].set(title="The critic's slope: 1 is wanted", ylabel="|grad D|", ylim=(0, 2))
