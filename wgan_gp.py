@@ -1,21 +1,19 @@
 r"""WGAN and WGAN-GP: Arjovsky et al. 2017, arXiv 1701.07875, and Gulrajani et al. 2017, arXiv 1704.00028.
 
-Where data and samples hardly overlap, as pictures do, a discriminator can be sure of everything, and its gradient tells
-G nothing. WGAN asks another question: how far is it from one distribution to the other, if each bit of probability has
-to be carried there? By the dual of Kantorovich and Rubinstein this distance W is
+How far is it from G's pictures to the data, if each bit of probability has to be carried there? This Wasserstein
+distance W shrinks as G improves, however easily the two are told apart. By the dual of Kantorovich and Rubinstein
 
     W = max over D with |D(x) - D(y)| <= |x - y| for all x, y   of   E D(x) - E D(G(z))
 
-so that a critic D, which returns a score and no probability, is trained to tell how far G is from the data:
+so that a critic D, which returns a score and no probability, is trained to measure it, and G to make it small:
 
     D maximises  E D(x) - E D(G(z))   loss_d = mean D(G(z)) - mean D(x) + 10 mean (|grad D(x_mix)| - 1)^2
-    G minimises  W                    loss_g = -mean D(G(z))
+    G maximises  E D(G(z))            loss_g = -mean D(G(z)), whose zero has no meaning: it may drift
 
-D must not be steeper than 1 (1-Lipschitz), and the best D has slope 1 on the lines between the pictures of an optimal
-transport. --lipschitz gp penalises other slopes at points x_mix on lines between real and fake pictures, which takes a
-second derivative. clip keeps each weight within 0.01: free, but such a critic is simple, and its slope far from 1.
-spectral divides the weights of each layer by their largest singular value: cheap, but for convolutions that bounds the
-slope elsewhere than at 1. With these two W is known only up to a factor. loss_g has no fixed zero: it may drift.
+D must not be steeper than 1 (1-Lipschitz), and the best D has slope 1 on the lines of an optimal transport. --lipschitz
+gp penalises other slopes at points x_mix between real and fake pictures, which takes a second derivative. clip keeps
+each weight within 0.01 (with RMSprop): free, but D stays simple. spectral divides the weights of each layer by their
+largest singular value: cheap, but convolutions may be steeper. With these two W is known only up to a factor.
 
     python wgan_gp.py                           # the built-in digits, no download
     python wgan_gp.py --dataset mnist --epochs 20
@@ -23,9 +21,8 @@ slope elsewhere than at 1. With these two W is known only up to a factor. loss_g
 What changes from dcgan.py: no probabilities, no batch norm in D, five D steps for each G step, W in the log.
 Where this differs from the papers: Adam's rate is 1e-3 (theirs, 1e-4, makes no legible digits in 5 epochs of MNIST);
 betas (0, 0.9) as in Algorithm 1 (their MNIST code: (0.5, 0.9)); batch 32, not 64, for twice as many steps an epoch;
-RMSprop at 1e-3 for clip, not 5e-5; widths 16 and 32, two layers at each resolution; samples from an average of G's
-weights; up to 1,000 pictures are kept from training; the residual critic ends without mean pooling. Nearer to theirs:
---lr-g 1e-4 --lr-d 1e-4 --batch-size 64 --ema 0 --hidden-channels 64 128 256 --depth 1 --img-size 32
+RMSprop at 1e-3, not 5e-5; widths 16 and 32, two layers at each resolution; samples from an average of G's weights; up
+to 1,000 pictures are kept from training; the residual critic ends without mean pooling.
 """
 import argparse
 import json
@@ -86,8 +83,7 @@ class Generator(nn.Module):
 
 class Critic(nn.Module):
     """image (B, img_channels, img_size, img_size) -> score (B,). Batch norm would mix the slopes of the pictures."""
-    def __init__(self, img_size=28, img_channels=1, hidden_channels=(64, 128), depth=1, arch="conv", norm="none",
-                 spectral=False):  # fmt: skip
+    def __init__(self, img_size, img_channels, hidden_channels, depth=1, arch="conv", norm="none", spectral=False):
         super().__init__()
         norm = partial(nn.GroupNorm, 1) if norm == "layer" else lambda channels: nn.Identity()
         layers, channels = [], img_channels
@@ -267,10 +263,8 @@ def train(args):
     torch.manual_seed(args.seed)
     G, D = (network.to(device, memory_format=torch.channels_last) for network in build(args))
     G_ema = AveragedModel(G, avg_fn=lambda mean, now, _: now.lerp(mean, min(args.ema, (1 + step) / (10 + step))))
-    adam = partial(torch.optim.Adam, betas=args.betas, eps=args.adam_eps, fused=True)
-    if args.lipschitz == "clip":  # as in 1701.07875, which found Adam unstable
-        adam = partial(torch.optim.RMSprop, eps=args.adam_eps)
-    opt_g, opt_d = adam(G.parameters(), args.lr_g), adam(D.parameters(), args.lr_d)
+    adam = partial(torch.optim.Adam, betas=args.betas, fused=True) if args.lipschitz != "clip" else torch.optim.RMSprop
+    opt_g, opt_d = (adam(net.parameters(), lr, eps=args.adam_eps) for net, lr in ((G, args.lr_g), (D, args.lr_d)))
     parts = {"G": G, "D": D, "G_ema": G_ema, "opt_g": opt_g, "opt_d": opt_d}
     if args.compile:
         G.compile(), args.lipschitz == "gp" or D.compile()  # gp differentiates D twice, and compiled code cannot be
