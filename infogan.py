@@ -256,7 +256,8 @@ def measure(D, data, held_out, args, device):
         axes.set(title=title, xticks=range(len(columns)), xticklabels=columns)
         axes.set_yticks(range(len(rows)), rows)
         for (row, column), value in np.ndenumerate(values):
-            axes.text(column, row, f"{value:.3g}", ha="center", color="white" if 2 * value > values.max() else "black")
+            text, dark = f"{value:.2f}" if value.dtype.kind == "f" else f"{value}", 2 * value > values.max()
+            axes.text(column, row, text, ha="center", color="white" if dark else "black")
     figure.savefig(Path(args.out) / "factors.png", dpi=100)
     return error
 
