@@ -529,8 +529,8 @@ def test_mlp_gan_keeps_the_gradient_of_the_last_layer_of_each_epoch(pictures, mo
         return step(self, *args)
 
     monkeypatch.setattr(torch.optim.Adam, "step", spy)
-    run_on_pictures(mlp_gan, pictures, "r", "--epochs", 2)
-    mlp_gan.main(["--out", "r", "--resume", "--epochs", "14"])
+    run_on_pictures(mlp_gan, pictures, "r", "--epochs", 14, "--max-steps", 4)  # an epoch and a third
+    mlp_gan.main(["--out", "r", "--resume"])
     gradients = checkpoint("r")["gradients"]
     assert gradients.shape == (14, 4)
     for epoch in range(14):  # D's step is the first of two, 3 steps an epoch
@@ -1253,15 +1253,15 @@ def test_the_weights_of_the_information_reach_both_steps(pictures, monkeypatch):
     def grads(cat, cont):
         found.clear()
         flags = ["--info-weight-cat", cat, "--info-weight-cont", cont, "--precision", "fp32", "--overwrite"]
-        run_on_pictures(infogan, pictures, "r", "--max-steps", 1, *flags)
+        run_on_pictures(infogan, pictures, "r", "--max-steps", 1, "--lr-d", 0, *flags)  # the same D in the G step
         return list(found)
 
     none = grads(0, 0)
     for one, two in ((grads(1, 0), grads(2, 0)), (grads(0, 1), grads(0, 2))):
-        difference = one[0] - none[0]  # of D, Q and the trunk, in the first step
-        assert difference.abs().max() > 0
-        assert torch.allclose(two[0] - none[0], 2 * difference, atol=1e-5)
-        assert (one[1] - none[1]).abs().max() > 0  # of G
+        for i in range(2):  # the gradients of D, Q and their trunk in the D step, those of G in the G step
+            difference = one[i] - none[i]
+            assert difference.abs().max() > 1e-3
+            assert torch.allclose(two[i] - none[i], 2 * difference, atol=1e-4)
 
 
 def test_augment_is_random_for_each_picture_and_differentiable():
