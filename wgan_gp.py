@@ -19,10 +19,9 @@ largest singular value: cheap, but convolutions may be steeper. With these two W
     python wgan_gp.py --dataset mnist --epochs 20
 
 What changes from dcgan.py: no probabilities, no batch norm in D, five D steps for each G step, W in the log.
-Where this differs from the papers: Adam's rate is 1e-3 (theirs, 1e-4, makes no legible digits in 5 epochs of MNIST);
-betas (0, 0.9) as in Algorithm 1 (their MNIST code: (0.5, 0.9)); batch 32, not 64, for twice as many steps an epoch;
-RMSprop at 1e-3, not 5e-5; widths 16 and 32, two layers at each resolution; samples from an average of G's weights; up
-to 1,000 pictures are kept from training; the residual critic ends without mean pooling.
+Where this differs from the papers: rates of 1e-3 (theirs: Adam 1e-4, which makes no digits in 5 epochs of MNIST, and
+RMSprop 5e-5); betas (0, 0.9) as in Algorithm 1 (their MNIST code: (0.5, 0.9)); batch 32, not 64; widths 16, 32, two
+layers at each resolution; a flat end of the residual critic; samples from an average of G's weights; a held-out set.
 """
 import argparse
 import json
@@ -61,8 +60,7 @@ class Generator(nn.Module):
         factor = 2 ** len(hidden_channels)
         if factor == 1 or img_size % factor:
             raise Fault(f"--img-size {img_size} is not a multiple of {max(factor, 2)}: each hidden channel halves it.")
-        first = img_channels if arch == "conv" else hidden_channels[0]
-        *widths, channels = first, *hidden_channels  # from the image inwards
+        *widths, channels = (img_channels if arch == "conv" else hidden_channels[0]), *hidden_channels
         self.start = (img_size // factor, img_size // factor, channels)
         self.project, layers = nn.Linear(latent_dim, math.prod(self.start), bias=False), []  # (B, 7 * 7 * 128)
         for width in reversed(widths):  # (B, 64, 14, 14), (B, 1, 28, 28); resnet (B, 64, 28, 28)
@@ -86,9 +84,8 @@ class Critic(nn.Module):
     def __init__(self, img_size, img_channels, hidden_channels, depth=1, arch="conv", norm="none", spectral=False):
         super().__init__()
         norm = partial(nn.GroupNorm, 1) if norm == "layer" else lambda channels: nn.Identity()
-        layers, channels = [], img_channels
-        if arch == "resnet":
-            layers, channels = [nn.Conv2d(img_channels, hidden_channels[0], 3, 1, 1)], hidden_channels[0]
+        layers = [nn.Conv2d(img_channels, hidden_channels[0], 3, 1, 1)] if arch == "resnet" else []
+        channels = hidden_channels[0] if layers else img_channels
         for width in hidden_channels:  # (B, 64, 14, 14), (B, 128, 7, 7)
             if arch == "resnet":
                 layers += [ResBlock(channels, width, norm, down=[nn.AvgPool2d(2)])]
