@@ -30,6 +30,7 @@ import dcgan
 import infogan
 import mlp_gan
 import wgan_gp
+from bench import score
 
 HERE = Path(__file__).parent
 TINY = {
@@ -1713,6 +1714,46 @@ def test_a_grid_is_never_rescaled():
     picture = common.grid(flat)
     assert set(np.unique(picture)) == {96, 100}
     assert (picture == 100).sum() == 4 * 3 * 56 * 56  # small images twice as large
+
+
+# bench/score.py
+
+
+def test_frechet_distance_of_gaussians_has_its_closed_form():
+    rng = torch.Generator().manual_seed(0)
+    a = torch.randn(20_000, 4, generator=rng, dtype=torch.float64)
+    assert abs(score.frechet(a, a)) < 1e-6
+    assert score.frechet(a, a + 2) == pytest.approx(16, rel=1e-6)  # a shift of 2 in each of 4 dimensions
+    spread = sum(a.var(0)).item()
+    assert score.frechet(a, 3 * a) == pytest.approx(4 * spread + 4 * a.mean(0).square().sum().item(), rel=1e-6)
+
+
+def test_kid_of_a_set_against_itself_is_about_zero():
+    rng = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 4000, 8, generator=rng)
+    mean, error = score.kid(a, b, subsets=20)
+    assert abs(mean) < 5 * error + 0.01
+    assert score.kid(a, b + 1, subsets=20)[0] > 20 * abs(mean)
+
+
+def test_precision_and_recall():
+    rng = torch.Generator().manual_seed(0)
+    a = torch.randn(500, 4, generator=rng)
+    assert score.precision_recall(a, a) == (1, 1)
+    assert score.precision_recall(a, a + 100) == (0, 0)
+    precision, recall = score.precision_recall(a, a[:1].repeat(500, 1) + 1e-4 * torch.randn(500, 4, generator=rng))
+    assert precision == 1  # one mode, a real one
+    assert recall < 0.05
+
+
+def test_the_balance_and_the_modes_of_a_hand_made_set():
+    expected = torch.tensor([0] * 50 + [1] * 50)
+    assert score.balance(torch.tensor([0] * 50 + [1] * 50), expected, 2) == (0, 2)
+    kl, classes = score.balance(torch.tensor([0] * 100), expected, 2)
+    assert kl == pytest.approx(math.log(2))
+    assert classes == 1
+    modes = torch.tensor([0, 0, 7, 999])
+    assert score.balance(modes, torch.arange(1000), 1000)[1] == 3
 
 
 # README.md

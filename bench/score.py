@@ -1,0 +1,295 @@
+"""How good are the samples of a run? Distances, precision, recall and class balance, beside the same for real images.
+
+    python bench/score.py runs/dcgan-mnist                     # 10,000 samples of the averaged G
+    python bench/score.py runs/dcgan-mnist --snapshots         # each of generators/*.pt too: a curve, the best epoch
+    python bench/score.py runs/dcgan-mnist --watch             # the same beside a training that is running
+    python bench/score.py some/folder/of/pngs --dataset mnist  # pictures from anywhere
+    python bench/score.py --sanity --dataset mnist             # real images, blurred ones and noise
+
+Writes score.csv, score.png and nearest.png (samples, and the training images nearest to each) into the folder.
+Features are the last hidden layer of a small classifier, trained once for each data set on its labels, seeded, and kept
+in --data-dir. So fd is a Frechet distance, but no FID: it can be compared only with others by this script. All is
+measured against the test images, which neither G nor the classifier has seen.
+
+    fd, fd_floor  |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), means and covariances (Heusel et al. 2017, 1706.08500);
+                  the floor is that of as many training images: no generator should come out much below
+    kid, kid_se   squared MMD, unbiased, kernel (x.y / d + 1)^3, over 50 subsets of 1,000 (Binkowski et al. 2018,
+                  1801.01401), and its standard error
+    precision     the share of samples that lie within the distance from a real image to its 3rd neighbour; recall: the
+    recall        share of real images that lie so among the samples (Kynkaanniemi et al. 2019, 1904.06991)
+    kl, classes   divergence in nats of the classes of the samples from those of the test images, and how many classes
+                  have 1 sample in 100; for stacked-mnist the modes of 1,000 that have 1 of 26,000 samples
+"""
+import argparse
+import csv
+import importlib
+import math
+import sys
+import time
+from pathlib import Path
+
+import imageio.v2 as imageio
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+from torch.nn.functional import avg_pool2d, cross_entropy, interpolate
+from torchvision.datasets import CIFAR10, MNIST, FashionMNIST
+from torchvision.models import Inception_V3_Weights, inception_v3
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from common import Data, Fault, epoch_order, fixed_noise, grid, load_data, load_folder, render_digits  # noqa: E402
+from common import sample, save_atomically, to_batch  # noqa: E402
+
+COLUMNS = ["epoch", "fd", "fd_floor", "kid", "kid_se", "precision", "recall", "kl", "classes"]
+
+def load_test(dataset, data_dir):
+    """The test images of a data set, which no script trains on. Raises Fault if there are none."""
+    if dataset == "digits":
+        return render_digits(10_000, seed=1)
+    if dataset == "stacked-mnist":
+        images, labels, _ = load_test("mnist", data_dir)
+        triples = torch.randint(len(images), (26_000, 3), generator=torch.Generator().manual_seed(1))
+        return Data(images[triples].squeeze(2), labels[triples] @ torch.tensor([100, 10, 1]))
+    sources = {"mnist": MNIST, "fashion": FashionMNIST, "cifar10": CIFAR10}
+    if dataset not in sources:
+        raise Fault(f"{dataset} has no test images: score mnist, fashion, digits, stacked-mnist or cifar10.")
+    try:
+        source = sources[dataset](data_dir, train=False, download=True)
+    except (OSError, RuntimeError) as error:
+        raise Fault(f"no test images of {dataset} in {data_dir}, and no download of them ({error}).") from error
+    images = torch.as_tensor(source.data)
+    return Data(images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2), torch.as_tensor(source.targets))
+
+class Classifier(nn.Module):
+    """image (B, C, H, W) in [-1, 1] -> features (B, 128), logits (B, classes)."""
+    def __init__(self, channels, classes):
+        super().__init__()
+        convs = [nn.Conv2d(channels, 32, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(32, 64, 3, 1, 1), nn.ReLU()]
+        self.features = nn.Sequential(*convs, nn.AdaptiveMaxPool2d(7), nn.Flatten(), nn.Linear(3136, 128), nn.ReLU())
+        self.classify = nn.Linear(128, classes)
+
+    def forward(self, x):
+        features = self.features(x)
+        return features, self.classify(features)
+
+class Stacked(nn.Module):
+    """Three digits as the channels of a picture, by the classifier of one: features (B, 384), logits (B, 1000)."""
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        features, logits = self.net(x.flatten(0, 1)[:, None])
+        a, b, c = logits.view(-1, 3, 10).unbind(1)
+        return features.view(len(x), -1), (a[:, :, None, None] + b[:, None, :, None] + c[:, None, None]).flatten(1)
+
+class Inception(nn.Module):
+    """torchvision's Inception v3 for ImageNet: features (B, 2048), logits (B, 1000). Raises Fault without weights."""
+    def __init__(self):
+        super().__init__()
+        try:
+            self.net = inception_v3(weights=Inception_V3_Weights.IMAGENET1K_V1)
+        except OSError as error:
+            raise Fault(f"the weights of Inception cannot be downloaded ({error}): omit --features.") from error
+        self.classify, self.net.fc = self.net.fc, nn.Identity()
+
+    def forward(self, x):
+        x = interpolate(x.expand(-1, 3, -1, -1), (299, 299), mode="bilinear", antialias=True)
+        mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=x.device)[:, :, None, None]
+        features = self.net(((x + 1) / 2 - mean) / std)
+        return features, self.classify(features)
+
+def resize(images, size):
+    """uint8 images at another size, as common.load_data does it."""
+    if images.shape[-1] == size:
+        return images
+    parts = (interpolate(x.float(), (size, size), mode="bilinear", antialias=True) for x in images.split(1000))
+    return torch.cat([x.round().byte() for x in parts])
+
+@torch.no_grad()
+def extract(net, images):
+    """Features (N, F) and logits (N, classes) of uint8 images (N, C, H, W)."""
+    device = next(net.parameters()).device
+    parts = [net(to_batch(images, index, device)) for index in torch.arange(len(images)).split(500)]
+    return torch.cat([features.cpu() for features, _ in parts]), torch.cat([logits.cpu() for _, logits in parts])
+
+def load_classifier(name, train, test, data_dir, device):
+    """The classifier of a data set, from its cache or trained for 4 epochs; its test accuracy is printed."""
+    cache = Path(data_dir) / f"score-{name}-{train.images.shape[-1]}.pt"
+    torch.manual_seed(0)
+    net = Classifier(train.images.shape[1], int(train.labels.max()) + 1).to(device)
+    try:
+        net.load_state_dict(torch.load(cache, map_location=device, weights_only=True))
+    except Exception:  # not there, or damaged
+        print(f"Training the classifier of {name}, once", flush=True)
+        optimiser = torch.optim.Adam(net.parameters(), 1e-3, fused=True)
+        for epoch in range(4):
+            optimiser.param_groups[0]["lr"] = 1e-3 / 3**epoch
+            for index in epoch_order(len(train.images), min(128, len(train.images)), 0, epoch):
+                loss = cross_entropy(net(to_batch(train.images, index, device))[1], train.labels[index].to(device))
+                optimiser.zero_grad()
+                loss.backward()
+                optimiser.step()
+        save_atomically(cache, net.state_dict())
+    right = (extract(net, test.images)[1].argmax(1) == test.labels).float().mean()
+    print(f"Classifier of {name}: {right:.2%} of {len(test.labels):,} test images right")
+    return net
+
+def frechet(a, b):
+    """Frechet distance of features (N, F) and (M, F), each taken as a Gaussian."""
+    a, b = a.double(), b.double()
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # tr (A B)^(1/2) = tr (A^(1/2) B A^(1/2))^(1/2)
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
+
+def kid(a, b, subsets=50, size=1000):
+    """Kernel distance of features (N, F) and (M, F), unbiased, over random subsets, and its standard error."""
+    rng, found, size = torch.Generator().manual_seed(0), [], min(size, len(a), len(b))
+    for _ in range(subsets):
+        x, y = (s[torch.randperm(len(s), generator=rng)[:size]].double() for s in (a, b))
+        xx, yy, xy = ((p @ q.T / p.shape[1] + 1) ** 3 for p, q in ((x, x), (y, y), (x, y)))
+        found.append((((xx.sum() - xx.trace()) + (yy.sum() - yy.trace())) / (size * (size - 1)) - 2 * xy.mean()).item())
+    return float(np.mean(found)), float(np.std(found, ddof=1) / math.sqrt(subsets))
+
+def precision_recall(real, fake, k=3):
+    """Shares of fake that lie among real, and of real that lie among fake, (N, F) and (M, F)."""
+    def among(points, others):  # in a ball around one of others, up to its k-th neighbour
+        radius = torch.cat([torch.cdist(chunk, others).kthvalue(k + 1).values for chunk in others.split(1000)])
+        return torch.cat([(torch.cdist(chunk, others) <= radius).any(1) for chunk in points.split(1000)])
+    return among(fake, real).float().mean().item(), among(real, fake).float().mean().item()
+
+def balance(found, expected, classes):
+    """KL of the labels found from those expected, in nats; and the classes with 1 label in 100, or any if 1,000."""
+    p, q = (torch.bincount(labels, minlength=classes).double() / len(labels) for labels in (found, expected))
+    least = 0.01 if classes < 1000 else 1 / len(found)
+    return torch.special.xlogy(p, p / q.clamp(min=1e-12)).sum().item(), int((p >= least - 1e-12).sum())
+
+def draw(path, n):
+    """n samples, uint8 (n, C, H, W), of the G in a checkpoint (its average) or a snapshot; its epoch; its flags."""
+    try:
+        run = torch.load(path, map_location="cpu", weights_only=True)
+        script, args = importlib.import_module(run["script"]), argparse.Namespace(**run["args"])
+        weights = {name.removeprefix("module."): value for name, value in run.get("G_ema", run["G"]).items()}
+        weights.pop("n_averaged", None)
+        G = script.build(args)[0]
+        G.load_state_dict(weights)
+    except Exception as error:  # torch.load raises many kinds for a file that is not a checkpoint
+        raise Fault(f"{path} is missing, damaged or of another version ({error}).") from error
+    z = fixed_noise(n, args.latent_dim, 12345)  # not the seed of any grid
+    if hasattr(script, "draw_codes"):
+        torch.manual_seed(12345)
+        z = torch.cat([z, script.draw_codes(n, args.categorical, args.continuous)], 1)
+    return sample(G, z), run["epoch"], args
+
+def save(folder, rows):
+    """score.csv and score.png, the curves over epochs."""
+    with open(folder / "score.csv", "w", newline="") as file:
+        table = [[f"{value:.6g}" if isinstance(value, float) else value for value in row] for row in rows]
+        csv.writer(file).writerows([COLUMNS, *table])
+    table = np.array(sorted(row for row in rows if not isinstance(row[0], str)), float).reshape(-1, len(COLUMNS)).T
+    epoch, fd, floor, mean, error, precision, recall, _, _ = table
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    panels = figure.subplots(1, 3)
+    panels[0].plot(epoch, fd, "o-", label="samples")
+    panels[0].plot(epoch, floor, "C7--", label="floor: training images")
+    panels[1].errorbar(epoch, mean, error, fmt="o-", label="with standard error")
+    panels[2].plot(epoch, precision, "o-", label="precision")
+    panels[2].plot(epoch, recall, "o-", label="recall")
+    panels[0].set(title="Frechet distance: lower is better", ylabel="FD", yscale="log", xlabel="epoch")
+    panels[1].set(title="Kernel distance: lower is better", ylabel="KID", xlabel="epoch")
+    panels[2].set(title="Higher is better", ylabel="share", ylim=(0, 1), xlabel="epoch")
+    for panel in panels:
+        panel.legend()
+    figure.savefig(folder / "score.png", dpi=100)
+
+def parse_args(argv=None):
+    """The flags."""
+    parser = argparse.ArgumentParser(description="Score the samples of a run, or any folder of pictures.")
+    add = parser.add_argument
+    add("folder", nargs="?", type=Path, help="a run, or a folder of pictures to compare with --dataset")
+    add("--dataset", help="of the real images (that of the run)")
+    add("--data-dir", help="where these are (where the run had it; else data)")
+    add("--samples", type=int, default=10_000, help="how many; for stacked-mnist 26,000 (%(default)s)")
+    add("--features", choices=["classifier", "inception"], default="classifier", help="inception: of ImageNet")
+    add("--snapshots", action="store_true", help="score each of generators/*.pt, and name the best")
+    add("--watch", action="store_true", help="the same, and go on as new ones come, to Ctrl-C")
+    add("--sanity", action="store_true", help="score real images, the same blurred by a 3x3 mean, and noise")
+    return parser.parse_args(argv)
+
+def run(args):
+    """Score what the flags name. Raises Fault."""
+    folder, rows, flags = args.folder or Path(), [], argparse.Namespace(img_size=None, classes=None, background="white")
+    is_run = (folder / "checkpoint.pt").exists()
+    flags = draw(folder / "checkpoint.pt", 1)[2] if is_run else flags
+    dataset = args.dataset or getattr(flags, "dataset", None)
+    data_dir = args.data_dir or getattr(flags, "data_dir", "data")
+    if not dataset:
+        raise Fault(f"{folder} holds no checkpoint.pt: name a run, or say with --dataset what to compare with.")
+    n = 26_000 if dataset == "stacked-mnist" else args.samples
+    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    train = load_data(dataset, data_dir, flags.img_size, flags.classes, flags.background)
+    test, size = load_test(dataset, data_dir), train.images.shape[-1]
+    keep = torch.isin(test.labels, train.labels.unique())
+    test = Data(resize(test.images[keep], size), test.labels[keep])
+    if args.features == "inception":
+        net = Inception().to(device).eval()
+    elif dataset == "stacked-mnist":
+        digits, others = load_data("mnist", data_dir, size), load_test("mnist", data_dir)
+        others = others._replace(images=resize(others.images, size))
+        net = Stacked(load_classifier("mnist", digits, others, data_dir, device))
+    else:
+        net = load_classifier(dataset, train, test, data_dir, device)
+    real, real_logits = extract(net, test.images)
+    pick = torch.randperm(len(train.images), generator=torch.Generator().manual_seed(0))[:n]
+    floor = frechet(extract(net, train.images[pick])[0], real)
+    def score(images, epoch):
+        fake, logits = extract(net, images)
+        kl = balance(logits.argmax(1), real_logits.argmax(1), logits.shape[1])
+        pr = precision_recall(real[:10_000], fake[:10_000])
+        rows.append([epoch, frechet(fake, real), floor, *kid(fake, real), *pr, *kl])
+        print(*(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+                for name, value in zip(COLUMNS, rows[-1], strict=True)), sep="  ", flush=True)  # fmt: skip
+        save(folder, rows)
+    done = set()
+    while is_run and (args.snapshots or args.watch):
+        for path in sorted({*folder.glob("generators/*.pt")} - done):
+            done.add(path)
+            score(*draw(path, n)[:2])
+        if not args.watch:
+            print(f"best: epoch {min(rows, key=lambda row: row[1])[0]}" if rows else "no generators/: --snapshot-every")
+            break
+        time.sleep(5)
+    images = None
+    if is_run:
+        images, epoch, _ = draw(folder / "checkpoint.pt", n)
+        score(images, epoch)
+    elif args.folder:
+        images = resize(load_folder("folder", folder, size, (255, 255, 255)).images, size)
+        images = images.expand(-1, test.images.shape[1], -1, -1)
+        score(images, "pictures")
+    if images is not None:
+        distances = torch.cdist(extract(net, images[:16])[0], extract(net, train.images)[0])  # (16, N)
+        nearest = distances.topk(3, largest=False).indices
+        beside = torch.cat([images[:16, None], train.images[nearest]], 1)  # (16, 4, C, H, W): a sample, then these
+        imageio.imwrite(folder / "nearest.png", grid(beside.flatten(0, 1)))
+    if args.sanity:
+        score(train.images[pick], "real")
+        score(avg_pool2d(train.images[pick].float(), 3, 1, 1).round().byte(), "blurred")
+        score(torch.randint(256, train.images[pick].shape, dtype=torch.uint8), "noise")
+
+def main(argv=None):
+    """Run the script. Returns the exit code, 1 for a fault, told in one sentence."""
+    try:
+        run(parse_args(argv))
+    except (Fault, OSError) as error:
+        print("score.py:", str(error).partition("\n")[0], file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:  # the end of --watch
+        pass
+    return 0
+
+if __name__ == "__main__":
+    sys.exit(main())
