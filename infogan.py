@@ -16,7 +16,7 @@ Perfect guesses of the category make L = ln 10 = 2.303 nats. loss_d and loss_g i
 
 What changes from dcgan.py: codes, Q, L; and what the codes mean is measured, on a tenth of the pictures that is not
 trained on, by their labels and by the factors that `digits` were rendered from: cluster_error in the log, factors.png.
-Where this differs from the paper: two things make the categories digits, on every seed. z has 16 numbers, not 62, for
+Where this differs from the paper: two things make the categories digits (MNIST, 5 seeds). z has 16 numbers, not 62, for
 what z can say the category need not. And Q guesses the categories of half of the fakes when they are slanted, scaled
 and shifted at random (--augment 0: not), so that these do not become categories; they remain for the numbers. Both
 weights of L are 1 in the paper, here 1 and 0.3. Widths 16, 32 (two layers at each resolution) and 512; the paper: 64,
