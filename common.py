@@ -11,12 +11,12 @@ import socket
 import sys
 import time
 import urllib.request
-import warnings
 import zipfile
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
+import imageio.v2 as imageio
 import matplotlib
 import numpy as np
 import torch
@@ -28,10 +28,8 @@ from torchvision.utils import make_grid
 FONTS = ["DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique", "cmss10", "cmtt10", "cmr10"]
 FONTS += ["DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic", "cmb10", "cmti10"]
 FONTS += ["STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta"]
-MIRRORS = {  # behind torchvision's first
-    "mnist": "https://storage.googleapis.com/cvdf-datasets/mnist/",
-    "fashion": "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
-}
+MIRRORS = {"mnist": "https://storage.googleapis.com/cvdf-datasets/mnist/"}  # behind torchvision's first
+MIRRORS["fashion"] = "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/"
 RESIDENT = 2**29  # bytes: a larger folder of pictures is kept in a memory-mapped file, and no larger data on a GPU
 
 class Fault(Exception):
@@ -46,11 +44,9 @@ class Data(NamedTuple):
     factors: dict | None = None  # what each of `digits` was rendered from: name -> float (N,)
 
 def load_data(dataset, data_dir="data", img_size=None, classes=None, background="white", device="cpu"):
-    """Read the data set that is a key of DATASETS, whole, onto the device.
-
-    img_size None keeps the size of the data (64 for `folder`); classes keeps only these labels; the colour
-    background is put below transparent ones. Raises Misuse if a flag cannot be, Fault if data is missing or damaged.
-    """
+    """Read the data set that is a key of DATASETS, whole, onto the device. img_size None is that of the data, or 64 for
+    `folder`; classes keeps only these labels; the colour background is put below transparent pictures.
+    Raises Misuse if a flag cannot be, Fault if data is missing or damaged."""
     try:
         background = ImageColor.getrgb(background)[:3]
     except ValueError as error:
@@ -93,29 +89,34 @@ def sample(G, z):
     G.train(was_training)
     return ((x + 1) * 127.5).round().clamp(0, 255).byte()
 
-def noise_path(z, kind, frames=12):
-    """z (4, N, latent_dim) -> (4 * frames, N, latent_dim), from each z to the next, and back to the first: a loop.
-
-    slerp turns by the angle between two z, rotation by a right one: both keep near the lengths that G was trained on.
-    """
-    a, b, u = z[:, None], z.roll(-1, 0)[:, None], torch.arange(frames).view(-1, 1, 1) / frames
-    if kind == "linear":
-        return (a + u * (b - a)).flatten(0, 1)
-    angle = torch.cosine_similarity(a, b, dim=-1).acos()[..., None] if kind == "slerp" else torch.tensor(math.pi / 2)
-    return ((((1 - u) * angle).sin() * a + (u * angle).sin() * b) / angle.sin()).flatten(0, 1)
-
 def grid(images, columns=8):
     """uint8 (N, C, H, W) -> one picture, uint8 (height, width, 3); small images are enlarged."""
     zoom = max(1, 56 // images.shape[-1])
     images = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     return make_grid(images, columns, padding=2 * zoom, pad_value=96).permute(1, 2, 0).numpy()
 
+def save_pictures(folder, images):
+    """uint8 (N, C, H, W) as N single pictures in the folder, and all of them on a grid beside it."""
+    folder.mkdir(exist_ok=True)
+    for i, image in enumerate(images):
+        imageio.imwrite(folder / f"{i:05d}.png", image.permute(1, 2, 0).squeeze(2).numpy())
+    imageio.imwrite(f"{folder}.png", grid(images))
+    print(f"{len(images)} pictures in {folder}, all of them in {folder}.png")
+
+def save_gif(path, frames, duration):
+    """Pictures, uint8 (height, width, 3), each shown for so many milliseconds, over and over."""
+    path.write_bytes(imageio.mimwrite("<bytes>", frames, format="gif", duration=duration, loop=0))
+
+def save_history(out):
+    """samples.gif: the grids in out/samples by their steps, 60 of them at most, the last one held."""
+    paths = sorted(out.glob("samples/*.png"), key=lambda path: int(path.stem))
+    save_gif(out / "samples.gif", [imageio.imread(p) for p in paths[:: len(paths) // 60 + 1] + paths[-1:] * 10], 200)
+
 def render_digits(n, seed):
     """n digits, 28x28, white on black, in the fonts that matplotlib ships, each with random factors.
 
     Each glyph is drawn once, large, and turned into distances from its outline, positive inside. Sampled under a
-    rotation, slant, scale and shift, these give a smooth outline; adding a constant makes the stroke thicker.
-    """
+    rotation, slant, scale and shift, these give a smooth outline; adding a constant makes the stroke thicker."""
     glyphs = []
     for name in FONTS:
         path = f"{matplotlib.get_data_path()}/fonts/ttf/{name}.ttf"
@@ -279,8 +280,7 @@ def load_folder(dataset, data_dir, img_size, background):
         part = f"{cache}.{os.getpid()}"
         decode(names, size, background, partial(np.lib.format.open_memmap, part, mode="w+"))
         os.replace(part, cache)
-    warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # and nobody writes to it
-    return Data(torch.from_numpy(np.load(cache, mmap_mode="r")), labels)
+    return Data(torch.from_numpy(np.load(cache, mmap_mode="c")), labels)  # read page by page, never written
 
 def decode(names, size, background, new_array, channels=1):
     """The pictures as uint8 (N, 1, size, size), or (N, 3, size, size) as soon as one of them has a colour."""

@@ -39,7 +39,8 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.functional import affine_grid, cross_entropy, grid_sample, one_hot, softplus
 from torch.optim.swa_utils import AveragedModel
-from common import DATASETS, Fault, Misuse, epoch_order, fixed_noise, grid, load_data, sample, save_atomically, to_batch
+from common import DATASETS, Fault, Misuse, epoch_order, fixed_noise, grid, load_data, sample, save_atomically
+from common import save_gif, save_history, save_pictures, to_batch
 
 class Generator(nn.Module):
     """z and c (B, inputs) -> image (B, img_channels, img_size, img_size) in [-1, 1]; shapes below are of the defaults.
@@ -140,8 +141,8 @@ def number(kind, low, high=math.inf):
         raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
     return number
 
-def parse_args(argv=None):
-    """The flags; and args.given, where those that do not stand in argv are None."""
+def parse_args(argv=None, known=None):
+    """The flags; those that do not stand in argv are as in known, a Namespace, or as their defaults."""
     parser = argparse.ArgumentParser(description="InfoGAN, arXiv 1606.03657. In brackets: the defaults.")
     count, share, amount = number(int, 1), number(float, 0, 1), number(float, 0)
     groups = ("run", "data", "model", "optimiser", "information")
@@ -158,7 +159,7 @@ def parse_args(argv=None):
     run("--resume", action="store_true", help="go on with the run that is in the folder, by its flags, to --epochs")
     run("--sample", type=count, metavar="N", help="train nothing: write N pictures with the folder's checkpoint")
     run("--log-every", type=count, default=50, help="steps from one row of log.csv to the next (%(default)s)")
-    run("--sample-every", type=count, help="steps from one sample grid to the next (an epoch; more often in the first)")
+    run("--sample-every", type=count, help="steps between sample grids (an epoch; and 1, 2, 4, 8, ... in the first)")
     run("--snapshot-every", type=count, help="epochs from one copy of G in generators/ to the next (none)")
     data("--dataset", choices=list(DATASETS), default="digits", help="folder: your own pictures (%(default)s)")
     data("--data-dir", default="data", help="where the data is, or is downloaded to (%(default)s)")
@@ -182,8 +183,7 @@ def parse_args(argv=None):
     info("--info-weight-cat", type=amount, default=1, help="weight of the bound for categories (%(default)s)")
     info("--info-weight-cont", type=amount, default=0.3, help="weight of the bound for numbers (%(default)s)")
     info("--augment", type=share, default=0.25, help="how far to distort for Q (%(default)s)")
-    args = parser.parse_args(argv)
-    args.given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args))))
+    args = parser.parse_args(argv, known)
     args.out = args.out or f"runs/infogan-{args.dataset}"
     return args
 
@@ -194,30 +194,28 @@ def pick_device(args):
         device = torch.zeros(1, device=best if args.device == "auto" else args.device).device
     except (RuntimeError, AssertionError) as error:
         raise Misuse(f"--device {args.device} cannot be used here: {str(error).partition('.')[0]}.") from error
-    has = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-    cuda = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    native = cuda or has.get("avx512_bf16", has.get("bf16", False))  # elsewhere it is slow
-    return device, args.precision == "bf16" or (args.precision == "auto" and native)
+    has = {"bf16": False} | (getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {})
+    cuda = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)  # emulated it is slow
+    return device, {"bf16": True, "fp32": False}.get(args.precision, cuda or has.get("avx512_bf16", has["bf16"]))
 
-def open_run(args):
+def open_run(args, argv):
     """The checkpoint in args.out, its flags put into args; None for a new run. Raises Misuse or Fault."""
     path = Path(args.out) / "checkpoint.pt"
-    if path.with_name("args.json").exists() and not (args.resume or args.sample or args.overwrite):
-        raise Misuse(f"{args.out} holds a run: --resume continues it, --overwrite replaces it, --out avoids it.")
     if not (args.resume or args.sample):
+        if path.with_name("args.json").exists() and not args.overwrite:
+            raise Misuse(f"{args.out} holds a run: --resume continues it, --overwrite replaces it, --out avoids it.")
         return None
     try:
         run = torch.load(path, map_location="cpu", weights_only=True)
         script, flags = run["script"], run["args"] | {"out": args.out, "max_steps": None}
+        vars(args).update(vars(parse_args(argv, argparse.Namespace(**flags))))
     except Exception as error:  # torch.load raises many kinds for a file that is not a checkpoint
         raise Fault(f"{path} is missing or damaged: name another folder, or start with --overwrite.") from error
     if script != "infogan":
         raise Misuse(f"{path} is a run of {script}.py: resume it with that, or name another folder with --out.")
     free = {"epochs", "max_steps", "device", "data_dir", "out", "overwrite", "resume", "sample", args.sample and "seed"}
     for name, value in flags.items():
-        if getattr(args.given, name, None) is None:
-            setattr(args, name, value)
-        elif getattr(args, name) != value and name not in free:
+        if getattr(args, name) != value and name not in free:
             raise Misuse(f"--{name.replace('_', '-')} contradicts the run in {args.out}, which has {value}: omit it.")
     return run
 
@@ -283,14 +281,12 @@ def save_traversals(G, args, device):
     z, category = z[:4].repeat_interleave(sizes[0], 0), torch.arange(sizes[0]).repeat(4)
     sweep = 2 * torch.arange(0, 2 * math.pi, math.pi / 12).sin()
     frames = [grid(draw(z, category, value, j=j), sizes[0]) for j in range(args.continuous or 1) for value in sweep]
-    gif = imageio.mimwrite("<bytes>", frames, format="gif", duration=100, loop=0)
-    (Path(args.out) / "traversal.gif").write_bytes(gif)
+    save_gif(Path(args.out) / "traversal.gif", frames, 100)
 
 def save_plots(out):
     """losses.png: the curves of log.csv, each with its running mean."""
     log = np.atleast_1d(np.genfromtxt(out / "log.csv", delimiter=",", names=True))
-    n = len(log) // 40 + 1  # rows in the running mean
-    figure = Figure(figsize=(13, 7), layout="constrained")
+    figure, n = Figure(figsize=(13, 7), layout="constrained"), len(log) // 40 + 1  # rows in the running mean
     panels = figure.subplots(2, 3).flat
     curves = {"loss_d": "D", "loss_g": "G", "d_real": "D(x), real", "d_fake": "D(G(z)), fake", "grad_norm_d": "D"}
     curves |= {"grad_norm_g": "G", "info_cat": "categories", "info_cont": "continuous codes"}
@@ -310,24 +306,18 @@ def save_plots(out):
     figure.supxlabel("step (generator updates)")
     figure.savefig(out / "losses.png", dpi=100)
 
-def generate(args):
+def generate(args, run):
     """--sample N: N single pictures in generated/, and all of them in generated.png."""
-    run, folder = open_run(args), Path(args.out) / "generated"
     G_ema = AveragedModel(build(args)[0])
     G_ema.load_state_dict(run["G_ema"])
     torch.manual_seed(args.seed + 1)
     c = draw_codes(args.sample, args.categorical, args.continuous)
     z = fixed_noise(args.sample, args.latent_dim, args.seed + 1)
-    images = sample(G_ema, torch.cat([z, c], 1))  # uint8 (N, C, H, W)
-    folder.mkdir(exist_ok=True)
-    for i, image in enumerate(images):
-        imageio.imwrite(folder / f"{i:05d}.png", image.permute(1, 2, 0).squeeze(2).numpy())
-    imageio.imwrite(f"{folder}.png", grid(images))
-    print(f"{len(images)} pictures in {folder}, all of them in {folder}.png")
+    save_pictures(Path(args.out) / "generated", sample(G_ema, torch.cat([z, c], 1)))
 
-def train(args):
-    """Train G and D as the flags say. Everything is written to args.out. Raises Misuse or Fault."""
-    run, out, (device, bf16) = open_run(args), Path(args.out), pick_device(args)
+def train(args, run):
+    """Train G and D as the flags say, on from run or from the start, into args.out. Raises Misuse or Fault."""
+    out, (device, bf16) = Path(args.out), pick_device(args)
     data = load_data(args.dataset, args.data_dir, args.img_size, args.classes, args.background, device)
     images, sizes = data.images, args.categorical
     if run and len(images) != args.num_images:
@@ -353,7 +343,6 @@ def train(args):
     steps_per_epoch = len(training) // batch_size
     args.epochs = args.epochs or max(10, math.ceil(9000 / steps_per_epoch))
     last_step = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
-    flags = {name: value for name, value in vars(args).items() if name != "given"}
     numbers = {name: sum(p.numel() for p in parts[name].parameters()) for name in ("G", "D")}
     facts = {"torch": torch.__version__, "on": f"{device}, {'bf16' if bf16 else 'fp32'}", "parameters": numbers}
     log = ["epoch,step,loss_d,loss_g,d_real,d_fake,grad_norm_d,grad_norm_g,images_per_second,info_cat"]
@@ -373,7 +362,7 @@ def train(args):
         imageio.imwrite(out / "samples" / "000000.png", grid(sample(G, z_fixed)))
         error = measure(D, data, held_out, args, device)
     (out / "log.csv").write_text("\n".join(log) + "\n")  # without what a killed run logged after its checkpoint
-    (out / "args.json").write_text(json.dumps(flags | facts, indent=2) + "\n")
+    (out / "args.json").write_text(json.dumps(vars(args) | facts, indent=2) + "\n")
     print(f"{len(images):,} pictures {tuple(images.shape[1:])}, parameters {numbers}, {facts['on']}, {out}", flush=True)
     def judge(x):  # D and Q, which has to guess the categories of the first half of the pictures from distorted ones
         logits, guesses = D(x)
@@ -382,14 +371,13 @@ def train(args):
             categories = torch.cat([distorted, guesses[len(distorted) :]])[:, : sum(sizes)]
             guesses = torch.cat([categories, guesses[:, sum(sizes) :]], 1)
         return logits, guesses
-    first, stop, started, since = step, [], time.time(), (time.time(), step)
+    first, stop, started = step, [], time.time()
     ctrl_c = signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # finish the step, then save
     try:
         for step in range(first + 1, last_step + 1):
             epoch, i = divmod(step - 1, steps_per_epoch)
             fade = (1 + math.cos(math.pi * (step - 1) / last_step)) / 2 if args.lr_schedule == "cosine" else 1
             opt_g.param_groups[0]["lr"], opt_d.param_groups[0]["lr"] = args.lr_g * fade, args.lr_d * fade
-
             # (1) D step: maximise log D(x) + log(1 - D(G(z, c))) + weight L
             D.requires_grad_(True)
             index = training[epoch_order(len(training), batch_size, args.seed, epoch)[i]]  # (B,)
@@ -405,7 +393,6 @@ def train(args):
             (loss_d - args.info_weight_cat * info_cat - args.info_weight_cont * info_cont).backward()
             norm_d = nn.utils.clip_grad_norm_(D.parameters(), args.clip_grad_norm or math.inf)
             opt_d.step()
-
             # (2) G step: maximise log D(G(z, c)) + weight L for the same z and c, with D and Q frozen
             D.requires_grad_(False)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -417,17 +404,15 @@ def train(args):
             norm_g = nn.utils.clip_grad_norm_(G.parameters(), args.clip_grad_norm or math.inf)
             opt_g.step()
             G_ema.update_parameters(G)  # averages the parameters, copies the buffers; with --ema 0 it is G
-
             # (3) log, sample, save
             epoch_ends, stopping = i + 1 == steps_per_epoch, step == last_step or bool(stop)
             if epoch_ends or stopping or step % args.log_every == 0:
-                now, seen = time.time(), (step - since[1]) * batch_size  # since the last row
+                speed = (step - first) / (time.time() - started)  # steps a second
                 row = [loss_d, loss_g, logits_real.sigmoid().mean(), logits_fake.sigmoid().mean(), norm_d, norm_g]
                 right = guesses[:, : sizes[0]].argmax(1) == c[:, : sizes[0]].argmax(1)
                 row = torch.stack([*row, info_cat, info_cont, right.float().mean()]).tolist()
-                row.insert(6, seen / (now - since[0]))
+                row.insert(6, speed * batch_size)
                 error = measure(D, data, held_out, args, device) if epoch_ends or stopping else error
-                since, left = (now, step), (now - started) / (step - first) * (last_step - step)
                 for name, value in zip(log[0].split(",")[2:], row, strict=False):
                     if not math.isfinite(value):
                         raise Fault(f"{name} is {value} at step {step}; the last checkpoint is kept. Try a lower rate.")
@@ -436,29 +421,24 @@ def train(args):
                         print(epoch + 1, step, *(f"{value:.6g}" for value in [*row, error]), sep=",", file=file)
                 line = f"epoch {epoch + 1}/{args.epochs} [{'#' * (10 * step // last_step):10}] loss_d {row[0]:.3f} "
                 line += f"info_cat {row[7]:.2f} cluster_error {error:.3f} {row[6]:.0f} images/s "
-                line += f"{left // 60:.0f}:{left % 60:02.0f} left "
+                line += f"{(last_step - step) / speed / 60:.1f} min left "
                 if sys.stdout.isatty() or epoch_ends:
                     print(line, end="\r" if sys.stdout.isatty() and not stopping else "\n", flush=True)
-            early = [steps_per_epoch >> n for n in range(1, 6)]  # where most happens
-            if (step % args.sample_every == 0) if args.sample_every else (epoch_ends or step in early):
+            if step % (args.sample_every or steps_per_epoch) == 0 or (epoch == 0 and step & (step - 1) == 0):
                 imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed)))
             if epoch_ends or stopping:
-                state = {name: part.state_dict() for name, part in parts.items()} | {"script": "infogan", "args": flags}
-                state |= {"step": step, "epoch": epoch + epoch_ends, "z_fixed": z_fixed, "rng": torch.get_rng_state()}
-                state |= {"cluster_error": error}
-                save_atomically(out / "checkpoint.pt", state)
+                state = {"script": "infogan", "args": vars(args), "step": step, "epoch": epoch + epoch_ends}
+                rest = {name: part.state_dict() for name, part in parts.items()} | {"rng": torch.get_rng_state()}
+                save_atomically(out / "checkpoint.pt", state | rest | {"z_fixed": z_fixed, "cluster_error": error})
                 save_plots(out)
             if epoch_ends and args.snapshot_every and (epoch + 1) % args.snapshot_every == 0:
-                state = {"script": "infogan", "args": flags, "epoch": epoch + 1, "G": G_ema.module.state_dict()}
-                save_atomically(out / "generators" / f"epoch_{epoch + 1:03d}.pt", state)
+                save_atomically(out / f"generators/epoch_{epoch + 1:03d}.pt", state | {"G": G_ema.module.state_dict()})
             if stopping:
                 break
     finally:  # at the end, after Ctrl-C, and after a fault
         signal.signal(signal.SIGINT, ctrl_c)
         save_plots(out)
-        paths = sorted(out.glob("samples/*.png"), key=lambda path: int(path.stem))
-        frames = [imageio.imread(path) for path in paths[:: len(paths) // 60 + 1] + paths[-1:] * 10]  # the last is held
-        (out / "samples.gif").write_bytes(imageio.mimwrite("<bytes>", frames, format="gif", duration=200, loop=0))
+        save_history(out)
         save_traversals(G_ema, args, device)
     print(f"Step {step} of {last_step}. Look at {out}/samples.gif, traversal.png, traversal.gif and losses.png.")
 
@@ -466,7 +446,7 @@ def main(argv=None):
     """Run the script. Returns the exit code: 2 for bad use, 1 for a fault, each told in one sentence."""
     try:
         args = parse_args(argv)
-        generate(args) if args.sample else train(args)
+        (generate if args.sample else train)(args, open_run(args, argv))
     except (Fault, OSError, MemoryError, torch.OutOfMemoryError) as error:
         print("infogan.py:", str(error).partition("\n")[0] or "not enough memory", file=sys.stderr)
         return 2 if isinstance(error, Misuse) else 1

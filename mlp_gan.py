@@ -6,30 +6,26 @@ to be real. D learns to tell pictures of the data, x, from G's, and G learns to 
     D maximises  log D(x) + log(1 - D(G(z)))    loss_d = -mean log D(x) - mean log(1 - D(G(z)))
     G maximises  log D(G(z))                    loss_g = -mean log D(G(z))       (--loss nonsaturating)
     or minimises log(1 - D(G(z)))               loss_g = mean log(1 - D(G(z)))   (--loss minimax)
-
 Minimax is the game of the theory. But while D sees through G, D(G(z)) is near 0, and so is the slope of log(1 - D) by
 D's logit, -D(G(z)): G learns nothing. That of -log D is D(G(z)) - 1, near -1. At the equilibrium G(z) is distributed as
 x is: D(x) = D(G(z)) = 1/2, loss_d = 2 ln 2 = 1.386, acc_real = acc_fake = 50 %. In practice D stays ahead.
-
     python mlp_gan.py                           # the built-in digits, no download
     python mlp_gan.py --dataset mnist --epochs 20
 What breaks it: batch norm, in every block of both networks. What mends it: dropout in its place.
     python mlp_gan.py --dataset mnist --epochs 20 --img-size 64 --hidden 512 512 512 --norm batch --dropout 0 --out bn
     python mlp_gan.py --dataset mnist --epochs 20 --img-size 64 --hidden 512 512 512 --norm dropout --out dropout
-Batch norm is said to keep both terms of loss_d at ln 2. What we saw: D wins at once. From epoch 3 on D(G(z)) < 0.01, at
-the end loss_d is 0.0001, the gradients of D's last layer (gradients.png) fall from 1e-3 to 1e-5, all samples are the
-same noise. With dropout loss_d falls from 1.4 to 0.8, these gradients stay near 0.3, and all ten digits appear.
+Batch norm is said to keep both terms of loss_d at ln 2. We saw D win at once: after epoch 3 D(G(z)) < 0.01, the
+gradients of D's last layer (gradients.png) fall from 1e-3 to 1e-5, and all samples are the same noise. With dropout
+they stay near 0.3, loss_d falls from 1.4 to 0.8, and all ten digits appear.
 
 Where this differs from the paper: LeakyReLU, not ReLU in G and maxout in D; Adam, not momentum; z is normal; G ends in
-tanh, not sigmoid; samples from an average of G's weights (--ema 0: from G).
-"""
+tanh, not sigmoid; samples from an average of G's weights (--ema 0: from G)."""
 import argparse
 import json
 import math
 import signal
 import sys
 import time
-from itertools import pairwise
 from pathlib import Path
 
 import imageio.v2 as imageio
@@ -39,31 +35,30 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.functional import softplus
 from torch.optim.swa_utils import AveragedModel
-from common import DATASETS, Fault, Misuse, epoch_order, fixed_noise, grid, load_data, sample, save_atomically, to_batch
+from common import DATASETS, Fault, Misuse, epoch_order, fixed_noise, grid, load_data, sample, save_atomically
+from common import save_history, save_pictures, to_batch
 
 class Generator(nn.Sequential):
     """z (B, latent_dim) -> image (B, img_channels, img_size, img_size) in [-1, 1]; shapes below are of the defaults."""
     def __init__(self, latent_dim=100, img_size=28, img_channels=1, hidden=(256, 512), norm="none", dropout=0.0):
-        shape = (img_channels, img_size, img_size)
-        blocks = [block(*pair, norm, dropout) for pair in pairwise([latent_dim, *hidden])]  # (B, 256), (B, 512)
-        super().__init__(*blocks, nn.Linear(hidden[-1], math.prod(shape)), nn.Tanh(), nn.Unflatten(1, shape))
+        layers, shape = blocks([latent_dim, *hidden], norm, dropout), (img_channels, img_size, img_size)
+        super().__init__(*layers, nn.Linear(hidden[-1], math.prod(shape)), nn.Tanh(), nn.Unflatten(1, shape))
 
 class Discriminator(nn.Sequential):
     """image (B, img_channels, img_size, img_size) -> logit l (B,) of D(x) = sigmoid(l): G's mirror image."""
     def __init__(self, img_size=28, img_channels=1, hidden=(256, 512), norm="none", dropout=0.0):
-        sizes = [img_channels * img_size**2, *reversed(hidden)]  # (B, 784), (B, 512), (B, 256)
-        blocks = [block(*pair, norm, dropout) for pair in pairwise(sizes)]
-        super().__init__(nn.Flatten(), *blocks, nn.Linear(hidden[0], 1), nn.Flatten(0))  # (B,)
+        layers = blocks([img_channels * img_size**2, *reversed(hidden)], norm, dropout)  # (B, 784) to (B, 256)
+        super().__init__(nn.Flatten(), *layers, nn.Linear(hidden[0], 1), nn.Flatten(0))  # (B,)
 
-def block(size_in, size_out, norm, dropout):
-    """A hidden block, (B, size_in) -> (B, size_out)."""
-    batch_norm = [nn.BatchNorm1d(size_out)] * (norm == "batch")
-    return nn.Sequential(nn.Linear(size_in, size_out), *batch_norm, nn.LeakyReLU(0.2, True), nn.Dropout(dropout))
+def blocks(sizes, norm, dropout):
+    """The layers that lead from (B, sizes[0]) to (B, sizes[1]), and so on."""
+    for size_in, size_out in zip(sizes[:-1], sizes[1:], strict=True):
+        batch_norm = [nn.BatchNorm1d(size_out)] * (norm == "batch")
+        yield from (nn.Linear(size_in, size_out), *batch_norm, nn.LeakyReLU(0.2, True), nn.Dropout(dropout))
 
 def discriminator_loss(logits_real, logits_fake, smoothing=0.0):
     """-log D(x) - log(1 - D(G(z))): -log sigmoid(l) = softplus(-l), and -log(1 - sigmoid(l)) = softplus(l)."""
-    real = (1 - smoothing) * softplus(-logits_real) + smoothing * softplus(logits_real)
-    return real.mean() + softplus(logits_fake).mean()
+    return (softplus(-logits_real) + smoothing * logits_real).mean() + softplus(logits_fake).mean()
 
 def generator_loss(logits_fake, loss="nonsaturating"):
     """-log D(G(z)) = softplus(-l); or minimax, log(1 - D(G(z))) = -softplus(l), with slope -D(G(z)): flat at 0."""
@@ -77,8 +72,8 @@ def number(kind, low, high=math.inf):
         raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
     return number
 
-def parse_args(argv=None):
-    """The flags; and args.given, where those that do not stand in argv are None."""
+def parse_args(argv=None, known=None):
+    """The flags; those that do not stand in argv are as in known, a Namespace, or as their defaults."""
     parser = argparse.ArgumentParser(description="The first GAN, arXiv 1406.2661. In brackets: the defaults.")
     count, share, amount = number(int, 1), number(float, 0, 1), number(float, 0)
     groups = ("run", "data", "model", "optimiser", "tricks")
@@ -95,7 +90,7 @@ def parse_args(argv=None):
     run("--resume", action="store_true", help="go on with the run that is in the folder, by its flags, to --epochs")
     run("--sample", type=count, metavar="N", help="train nothing: write N pictures with the folder's checkpoint")
     run("--log-every", type=count, default=50, help="steps from one row of log.csv to the next (%(default)s)")
-    run("--sample-every", type=count, help="steps from one sample grid to the next (an epoch; more often in the first)")
+    run("--sample-every", type=count, help="steps between sample grids (an epoch; and 1, 2, 4, 8, ... in the first)")
     run("--snapshot-every", type=count, help="epochs from one copy of G in generators/ to the next (none)")
     data("--dataset", choices=list(DATASETS), default="digits", help="folder: your own pictures (%(default)s)")
     data("--data-dir", default="data", help="where the data is, or is downloaded to (%(default)s)")
@@ -117,8 +112,7 @@ def parse_args(argv=None):
     adam("--g-steps", type=count, default=1, help="G updates a step (%(default)s)")
     trick("--loss", choices=["nonsaturating", "minimax"], default="nonsaturating", help="of G (nonsaturating)")
     trick("--label-smoothing", type=share, default=0, help="real means 1 - this, to D: Salimans 2016, 1606.03498 (off)")
-    args = parser.parse_args(argv)
-    args.given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args))))
+    args = parser.parse_args(argv, known)
     args.out = args.out or f"runs/mlp_gan-{args.dataset}"
     return args
 
@@ -129,30 +123,28 @@ def pick_device(args):
         device = torch.zeros(1, device=best if args.device == "auto" else args.device).device
     except (RuntimeError, AssertionError) as error:
         raise Misuse(f"--device {args.device} cannot be used here: {str(error).partition('.')[0]}.") from error
-    has = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-    cuda = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    native = cuda or has.get("avx512_bf16", has.get("bf16", False))  # elsewhere it is slow
-    return device, args.precision == "bf16" or (args.precision == "auto" and native)
+    has = {"bf16": False} | (getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {})
+    cuda = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)  # emulated it is slow
+    return device, {"bf16": True, "fp32": False}.get(args.precision, cuda or has.get("avx512_bf16", has["bf16"]))
 
-def open_run(args):
+def open_run(args, argv):
     """The checkpoint in args.out, its flags put into args; None for a new run. Raises Misuse or Fault."""
     path = Path(args.out) / "checkpoint.pt"
-    if path.with_name("args.json").exists() and not (args.resume or args.sample or args.overwrite):
-        raise Misuse(f"{args.out} holds a run: --resume continues it, --overwrite replaces it, --out avoids it.")
     if not (args.resume or args.sample):
+        if path.with_name("args.json").exists() and not args.overwrite:
+            raise Misuse(f"{args.out} holds a run: --resume continues it, --overwrite replaces it, --out avoids it.")
         return None
     try:
         run = torch.load(path, map_location="cpu", weights_only=True)
         script, flags = run["script"], run["args"] | {"out": args.out, "max_steps": None}
+        vars(args).update(vars(parse_args(argv, argparse.Namespace(**flags))))
     except Exception as error:  # torch.load raises many kinds for a file that is not a checkpoint
         raise Fault(f"{path} is missing or damaged: name another folder, or start with --overwrite.") from error
     if script != "mlp_gan":
         raise Misuse(f"{path} is a run of {script}.py: resume it with that, or name another folder with --out.")
     free = {"epochs", "max_steps", "device", "data_dir", "out", "overwrite", "resume", "sample", args.sample and "seed"}
     for name, value in flags.items():
-        if getattr(args.given, name, None) is None:
-            setattr(args, name, value)
-        elif getattr(args, name) != value and name not in free:
+        if getattr(args, name) != value and name not in free:
             raise Misuse(f"--{name.replace('_', '-')} contradicts the run in {args.out}, which has {value}: omit it.")
     return run
 
@@ -164,8 +156,7 @@ def build(args):
 def save_plots(out, gradients):
     """losses.png: the curves of log.csv; gradients.png: how large those of D's last layer were, (epochs, weights)."""
     log = np.atleast_1d(np.genfromtxt(out / "log.csv", delimiter=",", names=True))
-    n = len(log) // 40 + 1  # rows in the running mean
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    figure, n = Figure(figsize=(13, 3.8), layout="constrained"), len(log) // 40 + 1  # rows in the running mean
     panels = figure.subplots(1, 3)
     for i, label in enumerate(["D", "G", "D(x), real", "D(G(z)), fake", "D", "G"] if log.size else []):
         x, y, panel, colour = log["step"], log[log.dtype.names[i + 2]], panels[i // 2], f"C{i % 2}"
@@ -180,27 +171,20 @@ def save_plots(out, gradients):
     figure.savefig(out / "losses.png", dpi=100)
     figure, every = Figure(figsize=(8, 5), layout="constrained"), len(gradients) // 12 + 1
     axes, epochs = figure.subplots(), range(1, len(gradients) + 1, every)
-    sizes = gradients.abs().clamp(min=1e-12).log10().numpy()
-    for epoch, row in zip(epochs, sizes[::every], strict=True):
+    for epoch, row in zip(epochs, gradients[::every].abs().clamp(min=1e-12).log10(), strict=True):
         axes.violinplot(row, [epoch], orientation="horizontal", side="high", widths=2.5 * every, showextrema=False)
     axes.set(title="Gradients of D's last layer", xlabel="log10 of their size", ylabel="epoch", xlim=(-9, 1))
     figure.savefig(out / "gradients.png", dpi=100)
 
-def generate(args):
+def generate(args, run):
     """--sample N: N single pictures in generated/, and all of them in generated.png."""
-    run, folder = open_run(args), Path(args.out) / "generated"
     G_ema = AveragedModel(build(args)[0])
     G_ema.load_state_dict(run["G_ema"])
-    images = sample(G_ema, fixed_noise(args.sample, args.latent_dim, args.seed + 1))  # uint8 (N, C, H, W)
-    folder.mkdir(exist_ok=True)
-    for i, image in enumerate(images):
-        imageio.imwrite(folder / f"{i:05d}.png", image.permute(1, 2, 0).squeeze(2).numpy())
-    imageio.imwrite(f"{folder}.png", grid(images))
-    print(f"{len(images)} pictures in {folder}, all of them in {folder}.png")
+    save_pictures(Path(args.out) / "generated", sample(G_ema, fixed_noise(args.sample, args.latent_dim, args.seed + 1)))
 
-def train(args):
-    """Train G and D as the flags say. Everything is written to args.out. Raises Misuse or Fault."""
-    run, out, (device, bf16) = open_run(args), Path(args.out), pick_device(args)
+def train(args, run):
+    """Train G and D as the flags say, on from run or from the start, into args.out. Raises Misuse or Fault."""
+    out, (device, bf16) = Path(args.out), pick_device(args)
     images = load_data(args.dataset, args.data_dir, args.img_size, args.classes, args.background, device).images
     if run and len(images) != args.num_images:
         raise Fault(f"{out} was trained on {args.num_images} pictures, but {len(images)} are there now.")
@@ -213,13 +197,11 @@ def train(args):
     parts = {"G": G, "D": D, "G_ema": G_ema, "opt_g": opt_g, "opt_d": opt_d}
     if args.compile:
         G.compile(), D.compile()
-    step, z_fixed = 0, fixed_noise(64, args.latent_dim, args.seed).to(device)
-    gradients = torch.empty(0, args.hidden[0])  # of D's last layer, at the end of each epoch
+    step, z_fixed, gradients = 0, fixed_noise(64, args.latent_dim, args.seed).to(device), torch.empty(0, args.hidden[0])
     batch_size = min(args.batch_size, len(images))
     steps_per_epoch = max(1, len(images) // (batch_size * args.d_steps))
     args.epochs = args.epochs or max(10, math.ceil(9000 / steps_per_epoch))
     last_step = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
-    flags = {name: value for name, value in vars(args).items() if name != "given"}
     sizes = {name: sum(p.numel() for p in parts[name].parameters()) for name in ("G", "D")}
     facts = {"torch": torch.__version__, "on": f"{device}, {'bf16' if bf16 else 'fp32'}", "parameters": sizes}
     log = ["epoch,step,loss_d,loss_g,d_real,d_fake,grad_norm_d,grad_norm_g,images_per_second,acc_real,acc_fake"]
@@ -236,21 +218,19 @@ def train(args):
         imageio.imwrite(out / "real.png", grid(images[:: len(images) // 64 or 1][:64].cpu()))
         imageio.imwrite(out / "samples" / "000000.png", grid(sample(G, z_fixed)))
     (out / "log.csv").write_text("\n".join(log) + "\n")  # without what a killed run logged after its checkpoint
-    (out / "args.json").write_text(json.dumps(flags | facts, indent=2) + "\n")
+    (out / "args.json").write_text(json.dumps(vars(args) | facts, indent=2) + "\n")
     print(f"{len(images):,} pictures {tuple(images.shape[1:])}, parameters {sizes}, {facts['on']}, {out}", flush=True)
-    first, stop, started, since = step, [], time.time(), (time.time(), step)
+    first, stop, started = step, [], time.time()
     ctrl_c = signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # finish the step, then save
     try:
         for step in range(first + 1, last_step + 1):
             epoch, i = divmod(step - 1, steps_per_epoch)
             fade = (1 + math.cos(math.pi * (step - 1) / last_step)) / 2 if args.lr_schedule == "cosine" else 1
             opt_g.param_groups[0]["lr"], opt_d.param_groups[0]["lr"] = args.lr_g * fade, args.lr_d * fade
-
             # (1) D step: maximise log D(x) + log(1 - D(G(z)))
             D.requires_grad_(True)
-            order = epoch_order(len(images), batch_size * args.d_steps, args.seed, epoch)[i]
-            for index in order.split(batch_size):  # d_steps times (B,)
-                x_real = to_batch(images, index, device)  # (B, C, H, W)
+            for index in epoch_order(len(images), batch_size * args.d_steps, args.seed, epoch)[i].split(batch_size):
+                x_real = to_batch(images, index, device)  # (B, C, H, W), new ones d_steps times
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     x_fake = G(torch.randn(batch_size, args.latent_dim, device=device))  # kept for the G step
                     logits_real, logits_fake = D(x_real).float(), D(x_fake.detach()).float()  # no way to G
@@ -259,7 +239,6 @@ def train(args):
                 loss_d.backward()
                 norm_d = nn.utils.clip_grad_norm_(D.parameters(), args.clip_grad_norm or math.inf)
                 opt_d.step()
-
             # (2) G step: maximise log D(G(z)) for the same z; the gradient passes through D, whose weights are frozen
             D.requires_grad_(False)
             for again in range(args.g_steps):
@@ -272,15 +251,13 @@ def train(args):
                 norm_g = nn.utils.clip_grad_norm_(G.parameters(), args.clip_grad_norm or math.inf)
                 opt_g.step()
             G_ema.update_parameters(G)  # averages the parameters, copies the buffers; with --ema 0 it is G
-
             # (3) log, sample, save
             epoch_ends, stopping = i + 1 == steps_per_epoch, step == last_step or bool(stop)
             if epoch_ends or stopping or step % args.log_every == 0:
-                now, seen = time.time(), (step - since[1]) * batch_size * args.d_steps  # since the last row
+                speed = (step - first) / (time.time() - started)  # steps a second
                 row = [loss_d, loss_g, logits_real.sigmoid().mean(), logits_fake.sigmoid().mean(), norm_d, norm_g]
-                row = torch.stack(row).tolist() + [seen / (now - since[0])]
+                row = torch.stack(row).tolist() + [speed * batch_size * args.d_steps]
                 row += [(logits_real > 0).float().mean().item(), (logits_fake < 0).float().mean().item()]
-                since, left = (now, step), (now - started) / (step - first) * (last_step - step)
                 for name, value in zip(log[0].split(",")[2:], row, strict=True):
                     if not math.isfinite(value):
                         raise Fault(f"{name} is {value} at step {step}; the last checkpoint is kept. Try a lower rate.")
@@ -288,36 +265,32 @@ def train(args):
                     with open(out / "log.csv", "a") as file:
                         print(epoch + 1, step, *(f"{value:.6g}" for value in row), sep=",", file=file)
                 line = f"epoch {epoch + 1}/{args.epochs} [{'#' * (10 * step // last_step):10}] loss_d {row[0]:.3f} "
-                line += f"loss_g {row[1]:.3f} {row[6]:.0f} images/s {left // 60:.0f}:{left % 60:02.0f} left "
+                line += f"loss_g {row[1]:.3f} {row[6]:.0f} images/s {(last_step - step) / speed / 60:.1f} min left "
                 if sys.stdout.isatty() or epoch_ends:
                     print(line, end="\r" if sys.stdout.isatty() and not stopping else "\n", flush=True)
-            early = [steps_per_epoch >> n for n in range(1, 6)]  # where most happens
-            if (step % args.sample_every == 0) if args.sample_every else (epoch_ends or step in early):
+            if step % (args.sample_every or steps_per_epoch) == 0 or (epoch == 0 and step & (step - 1) == 0):
                 imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed)))
             if epoch_ends or stopping:
-                state = {name: part.state_dict() for name, part in parts.items()} | {"script": "mlp_gan", "args": flags}
-                state |= {"step": step, "epoch": epoch + epoch_ends, "z_fixed": z_fixed, "rng": torch.get_rng_state()}
-                gradients = torch.cat([gradients, D[-2].weight.grad.cpu()])[: epoch + epoch_ends]  # of whole epochs
-                save_atomically(out / "checkpoint.pt", state | {"gradients": gradients})
+                state = {"script": "mlp_gan", "args": vars(args), "step": step, "epoch": epoch + epoch_ends}
+                gradients = torch.cat([gradients, D[-2].weight.grad.cpu()])[: epoch + epoch_ends]  # whole epochs
+                rest = {name: part.state_dict() for name, part in parts.items()} | {"rng": torch.get_rng_state()}
+                save_atomically(out / "checkpoint.pt", state | rest | {"z_fixed": z_fixed, "gradients": gradients})
                 save_plots(out, gradients)
             if epoch_ends and args.snapshot_every and (epoch + 1) % args.snapshot_every == 0:
-                state = {"script": "mlp_gan", "args": flags, "epoch": epoch + 1, "G": G_ema.module.state_dict()}
-                save_atomically(out / "generators" / f"epoch_{epoch + 1:03d}.pt", state)
+                save_atomically(out / f"generators/epoch_{epoch + 1:03d}.pt", state | {"G": G_ema.module.state_dict()})
             if stopping:
                 break
     finally:  # at the end, after Ctrl-C, and after a fault
         signal.signal(signal.SIGINT, ctrl_c)
         save_plots(out, gradients)
-        paths = sorted(out.glob("samples/*.png"), key=lambda path: int(path.stem))
-        frames = [imageio.imread(path) for path in paths[:: len(paths) // 60 + 1] + paths[-1:] * 10]  # the last is held
-        (out / "samples.gif").write_bytes(imageio.mimwrite("<bytes>", frames, format="gif", duration=200, loop=0))
+        save_history(out)
     print(f"Step {step} of {last_step}. Look at {out}/samples.gif, losses.png and gradients.png.")
 
 def main(argv=None):
     """Run the script. Returns the exit code: 2 for bad use, 1 for a fault, each told in one sentence."""
     try:
         args = parse_args(argv)
-        generate(args) if args.sample else train(args)
+        (generate if args.sample else train)(args, open_run(args, argv))
     except (Fault, OSError, MemoryError, torch.OutOfMemoryError) as error:
         print("mlp_gan.py:", str(error).partition("\n")[0] or "not enough memory", file=sys.stderr)
         return 2 if isinstance(error, Misuse) else 1

@@ -39,7 +39,8 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim.swa_utils import AveragedModel
-from common import DATASETS, Fault, Misuse, epoch_order, fixed_noise, grid, load_data, sample, save_atomically, to_batch
+from common import DATASETS, Fault, Misuse, epoch_order, fixed_noise, grid, load_data, sample, save_atomically
+from common import save_history, save_pictures, to_batch
 
 class ResBlock(nn.Module):
     """(B, size_in, H, W) -> (B, size_out, H', W'), twice norm, ReLU, convolution, and a skip connection around them."""
@@ -130,8 +131,8 @@ def number(kind, low, high=math.inf):
         raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
     return number
 
-def parse_args(argv=None):
-    """The flags; and args.given, where those that do not stand in argv are None."""
+def parse_args(argv=None, known=None):
+    """The flags; those that do not stand in argv are as in known, a Namespace, or as their defaults."""
     parser = argparse.ArgumentParser(description="WGAN-GP, arXiv 1704.00028. In brackets: the defaults.")
     count, share, amount = number(int, 1), number(float, 0, 1), number(float, 0)
     groups = ("run", "data", "model", "optimiser", "Lipschitz constraint")
@@ -148,7 +149,7 @@ def parse_args(argv=None):
     run("--resume", action="store_true", help="go on with the run that is in the folder, by its flags, to --epochs")
     run("--sample", type=count, metavar="N", help="train nothing: write N pictures with the folder's checkpoint")
     run("--log-every", type=count, default=50, help="steps from one row of log.csv to the next (%(default)s)")
-    run("--sample-every", type=count, help="steps from one sample grid to the next (an epoch; more often in the first)")
+    run("--sample-every", type=count, help="steps between sample grids (an epoch; and 1, 2, 4, 8, ... in the first)")
     run("--snapshot-every", type=count, help="epochs from one copy of G in generators/ to the next (none)")
     data("--dataset", choices=list(DATASETS), default="digits", help="folder: your own pictures (%(default)s)")
     data("--data-dir", default="data", help="where the data is, or is downloaded to (%(default)s)")
@@ -171,8 +172,7 @@ def parse_args(argv=None):
     lipschitz("--gp-weight", type=amount, default=10, help="of the penalty of gp (%(default)s)")
     lipschitz("--clip-value", type=amount, default=0.01, help="bound of each weight of D with clip (%(default)s)")
     lipschitz("--critic-steps", type=count, default=5, help="D updates for each update of G (%(default)s)")
-    args = parser.parse_args(argv)
-    args.given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args))))
+    args = parser.parse_args(argv, known)
     args.out = args.out or f"runs/wgan_gp-{args.dataset}"
     return args
 
@@ -183,30 +183,28 @@ def pick_device(args):
         device = torch.zeros(1, device=best if args.device == "auto" else args.device).device
     except (RuntimeError, AssertionError) as error:
         raise Misuse(f"--device {args.device} cannot be used here: {str(error).partition('.')[0]}.") from error
-    has = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-    cuda = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    native = cuda or has.get("avx512_bf16", has.get("bf16", False))  # elsewhere it is slow
-    return device, args.precision == "bf16" or (args.precision == "auto" and native)
+    has = {"bf16": False} | (getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {})
+    cuda = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)  # emulated it is slow
+    return device, {"bf16": True, "fp32": False}.get(args.precision, cuda or has.get("avx512_bf16", has["bf16"]))
 
-def open_run(args):
+def open_run(args, argv):
     """The checkpoint in args.out, its flags put into args; None for a new run. Raises Misuse or Fault."""
     path = Path(args.out) / "checkpoint.pt"
-    if path.with_name("args.json").exists() and not (args.resume or args.sample or args.overwrite):
-        raise Misuse(f"{args.out} holds a run: --resume continues it, --overwrite replaces it, --out avoids it.")
     if not (args.resume or args.sample):
+        if path.with_name("args.json").exists() and not args.overwrite:
+            raise Misuse(f"{args.out} holds a run: --resume continues it, --overwrite replaces it, --out avoids it.")
         return None
     try:
         run = torch.load(path, map_location="cpu", weights_only=True)
         script, flags = run["script"], run["args"] | {"out": args.out, "max_steps": None}
+        vars(args).update(vars(parse_args(argv, argparse.Namespace(**flags))))
     except Exception as error:  # torch.load raises many kinds for a file that is not a checkpoint
         raise Fault(f"{path} is missing or damaged: name another folder, or start with --overwrite.") from error
     if script != "wgan_gp":
         raise Misuse(f"{path} is a run of {script}.py: resume it with that, or name another folder with --out.")
     free = {"epochs", "max_steps", "device", "data_dir", "out", "overwrite", "resume", "sample", args.sample and "seed"}
     for name, value in flags.items():
-        if getattr(args.given, name, None) is None:
-            setattr(args, name, value)
-        elif getattr(args, name) != value and name not in free:
+        if getattr(args, name) != value and name not in free:
             raise Misuse(f"--{name.replace('_', '-')} contradicts the run in {args.out}, which has {value}: omit it.")
     return run
 
@@ -218,8 +216,7 @@ def build(args):
 def save_plots(out):
     """losses.png: the curves of log.csv, each with its running mean."""
     log = np.atleast_1d(np.genfromtxt(out / "log.csv", delimiter=",", names=True))
-    n = len(log) // 40 + 1  # rows in the running mean
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    figure, n = Figure(figsize=(13, 3.8), layout="constrained"), len(log) // 40 + 1  # rows in the running mean
     panels = figure.subplots(1, 3)
     curves = {"wasserstein": "last batch", "wasserstein_heldout": "held-out pictures", "critic_grad_norm": "slope"}
     curves |= {"gradient_penalty": "penalty, unweighted", "grad_norm_d": "D", "grad_norm_g": "G"}
@@ -235,21 +232,15 @@ def save_plots(out):
     figure.supxlabel("step (generator updates)")
     figure.savefig(out / "losses.png", dpi=100)
 
-def generate(args):
+def generate(args, run):
     """--sample N: N single pictures in generated/, and all of them in generated.png."""
-    run, folder = open_run(args), Path(args.out) / "generated"
     G_ema = AveragedModel(build(args)[0])
     G_ema.load_state_dict(run["G_ema"])
-    images = sample(G_ema, fixed_noise(args.sample, args.latent_dim, args.seed + 1))  # uint8 (N, C, H, W)
-    folder.mkdir(exist_ok=True)
-    for i, image in enumerate(images):
-        imageio.imwrite(folder / f"{i:05d}.png", image.permute(1, 2, 0).squeeze(2).numpy())
-    imageio.imwrite(f"{folder}.png", grid(images))
-    print(f"{len(images)} pictures in {folder}, all of them in {folder}.png")
+    save_pictures(Path(args.out) / "generated", sample(G_ema, fixed_noise(args.sample, args.latent_dim, args.seed + 1)))
 
-def train(args):
-    """Train G and D as the flags say. Everything is written to args.out. Raises Misuse or Fault."""
-    run, out, (device, bf16) = open_run(args), Path(args.out), pick_device(args)
+def train(args, run):
+    """Train G and D as the flags say, on from run or from the start, into args.out. Raises Misuse or Fault."""
+    out, (device, bf16) = Path(args.out), pick_device(args)
     images = load_data(args.dataset, args.data_dir, args.img_size, args.classes, args.background, device).images
     if run and len(images) != args.num_images:
         raise Fault(f"{out} was trained on {args.num_images} pictures, but {len(images)} are there now.")
@@ -272,7 +263,6 @@ def train(args):
     steps_per_epoch = max(1, len(training) // (batch_size * args.critic_steps))
     args.epochs = args.epochs or max(10, math.ceil(4000 / steps_per_epoch))
     last_step = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
-    flags = {name: value for name, value in vars(args).items() if name != "given"}
     sizes = {name: sum(p.numel() for p in parts[name].parameters()) for name in ("G", "D")}
     facts = {"torch": torch.__version__, "on": f"{device}, {'bf16' if bf16 else 'fp32'}", "parameters": sizes}
     log = ["epoch,step,loss_d,loss_g,grad_norm_d,grad_norm_g,images_per_second,wasserstein,wasserstein_heldout"]
@@ -290,16 +280,15 @@ def train(args):
         imageio.imwrite(out / "real.png", grid(images[:: len(images) // 64 or 1][:64].cpu()))
         imageio.imwrite(out / "samples" / "000000.png", grid(sample(G, z_fixed)))
     (out / "log.csv").write_text("\n".join(log) + "\n")  # without what a killed run logged after its checkpoint
-    (out / "args.json").write_text(json.dumps(flags | facts, indent=2) + "\n")
+    (out / "args.json").write_text(json.dumps(vars(args) | facts, indent=2) + "\n")
     print(f"{len(images):,} pictures {tuple(images.shape[1:])}, parameters {sizes}, {facts['on']}, {out}", flush=True)
-    first, stop, started, since = step, [], time.time(), (time.time(), step)
+    first, stop, started = step, [], time.time()
     ctrl_c = signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # finish the step, then save
     try:
         for step in range(first + 1, last_step + 1):
             epoch, i = divmod(step - 1, steps_per_epoch)
             fade = (1 + math.cos(math.pi * (step - 1) / last_step)) / 2 if args.lr_schedule == "cosine" else 1
             opt_g.param_groups[0]["lr"], opt_d.param_groups[0]["lr"] = args.lr_g * fade, args.lr_d * fade
-
             # (1) D steps: maximise E D(x) - E D(G(z)) under the constraint; W is a maximum over D, hence several steps
             D.requires_grad_(True)
             order = epoch_order(len(training), batch_size * args.critic_steps, args.seed, epoch)[i]
@@ -317,7 +306,6 @@ def train(args):
                 opt_d.step()
                 for weight in D.parameters() if args.lipschitz == "clip" else ():
                     weight.data.clamp_(-args.clip_value, args.clip_value)
-
             # (2) G step: maximise E D(G(z)) for fresh z; the gradient passes through D, whose weights are frozen
             D.requires_grad_(False)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -327,11 +315,10 @@ def train(args):
             norm_g = nn.utils.clip_grad_norm_(G.parameters(), args.clip_grad_norm or math.inf)
             opt_g.step()
             G_ema.update_parameters(G)  # averages the parameters, copies the buffers; with --ema 0 it is G
-
             # (3) log, sample, save
             epoch_ends, stopping = i + 1 == steps_per_epoch, step == last_step or bool(stop)
             if epoch_ends or stopping or step % args.log_every == 0:
-                now, seen = time.time(), (step - since[1]) * batch_size * args.critic_steps  # since the last row
+                speed = (step - first) / (time.time() - started)  # steps a second
                 D.eval()  # spectral norm improves its estimate at each call in training mode
                 with torch.random.fork_rng(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     slope = slopes(D, x_real, x_fake).detach()  # (B,)
@@ -339,44 +326,39 @@ def train(args):
                 D.train()
                 row = [loss_d, loss_g, norm_d, norm_g, real - fake, heldout - fake]
                 row = torch.stack([*row, (slope - 1).square().mean(), slope.mean()]).tolist()
-                row.insert(4, seen / (now - since[0]))
-                since, left = (now, step), (now - started) / (step - first) * (last_step - step)
+                row.insert(4, speed * batch_size * args.critic_steps)
                 for name, value in zip(log[0].split(",")[2:], row, strict=True):
                     if not math.isfinite(value):
                         raise Fault(f"{name} is {value} at step {step}; the last checkpoint is kept. Try a lower rate.")
                 if epoch_ends or step % args.log_every == 0:
                     with open(out / "log.csv", "a") as file:
                         print(epoch + 1, step, *(f"{value:.6g}" for value in row), sep=",", file=file)
-                line = f"epoch {epoch + 1}/{args.epochs} [{'#' * (10 * step // last_step):10}] G step {step} "
-                line += f"wasserstein {row[5]:.3f} {row[4]:.0f} images/s {left // 60:.0f}:{left % 60:02.0f} left "
+                line = f"epoch {epoch + 1}/{args.epochs} [{'#' * (10 * step // last_step):10}] G step {step} W "
+                line += f"{row[5]:.3f} {row[4]:.0f} images/s {(last_step - step) / speed / 60:.1f} min left "
                 if sys.stdout.isatty() or epoch_ends:
                     print(line, end="\r" if sys.stdout.isatty() and not stopping else "\n", flush=True)
-            early = [steps_per_epoch >> n for n in range(1, 6)]  # where most happens
-            if (step % args.sample_every == 0) if args.sample_every else (epoch_ends or step in early):
+            if step % (args.sample_every or steps_per_epoch) == 0 or (epoch == 0 and step & (step - 1) == 0):
                 imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed)))
             if epoch_ends or stopping:
-                state = {name: part.state_dict() for name, part in parts.items()} | {"script": "wgan_gp", "args": flags}
-                state |= {"step": step, "epoch": epoch + epoch_ends, "z_fixed": z_fixed, "rng": torch.get_rng_state()}
-                save_atomically(out / "checkpoint.pt", state)
+                state = {"script": "wgan_gp", "args": vars(args), "step": step, "epoch": epoch + epoch_ends}
+                rest = {name: part.state_dict() for name, part in parts.items()} | {"rng": torch.get_rng_state()}
+                save_atomically(out / "checkpoint.pt", state | rest | {"z_fixed": z_fixed})
                 save_plots(out)
             if epoch_ends and args.snapshot_every and (epoch + 1) % args.snapshot_every == 0:
-                state = {"script": "wgan_gp", "args": flags, "epoch": epoch + 1, "G": G_ema.module.state_dict()}
-                save_atomically(out / "generators" / f"epoch_{epoch + 1:03d}.pt", state)
+                save_atomically(out / f"generators/epoch_{epoch + 1:03d}.pt", state | {"G": G_ema.module.state_dict()})
             if stopping:
                 break
     finally:  # at the end, after Ctrl-C, and after a fault
         signal.signal(signal.SIGINT, ctrl_c)
         save_plots(out)
-        paths = sorted(out.glob("samples/*.png"), key=lambda path: int(path.stem))
-        frames = [imageio.imread(path) for path in paths[:: len(paths) // 60 + 1] + paths[-1:] * 10]  # the last is held
-        (out / "samples.gif").write_bytes(imageio.mimwrite("<bytes>", frames, format="gif", duration=200, loop=0))
+        save_history(out)
     print(f"Step {step} of {last_step}. Look at {out}/samples.gif and losses.png.")
 
 def main(argv=None):
     """Run the script. Returns the exit code: 2 for bad use, 1 for a fault, each told in one sentence."""
     try:
         args = parse_args(argv)
-        generate(args) if args.sample else train(args)
+        (generate if args.sample else train)(args, open_run(args, argv))
     except (Fault, OSError, MemoryError, torch.OutOfMemoryError) as error:
         print("wgan_gp.py:", str(error).partition("\n")[0] or "not enough memory", file=sys.stderr)
         return 2 if isinstance(error, Misuse) else 1
