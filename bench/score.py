@@ -1,24 +1,23 @@
 """How good are the samples of a run? Distances, precision, recall and class balance, beside the same for real images.
 
     python bench/score.py runs/dcgan-mnist                     # 10,000 samples of the averaged G
+    python bench/score.py runs/seed0 runs/seed1 runs/seed2     # and the mean and the range over these runs
     python bench/score.py runs/dcgan-mnist --snapshots         # each of generators/*.pt too: a curve, the best epoch
     python bench/score.py runs/dcgan-mnist --watch             # the same beside a training that is running
     python bench/score.py some/folder/of/pngs --dataset mnist  # pictures from anywhere
     python bench/score.py --sanity --dataset mnist             # real images, blurred ones and noise
 
-Writes score.csv, score.png and nearest.png (samples, and the training images nearest to each) into the folder.
-Features are the last hidden layer of a small classifier, trained once for each data set on its labels, seeded, and kept
-in --data-dir. So fd is a Frechet distance, but no FID: it can be compared only with others by this script. All is
-measured against the test images, which neither G nor the classifier has seen.
+Writes score.csv, score.png and nearest.png (in each row a sample and the three training images nearest to it) into the
+folder. Features are the last hidden layer of a small classifier, trained once for each data set on its labels, seeded,
+and kept in --data-dir: fd is a Frechet distance, but no FID. All is measured against test images, which neither G nor
+the classifier has seen; without labels, by --features inception, against half of the training images.
 
-    fd, fd_floor  |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), means and covariances (Heusel et al. 2017, 1706.08500);
-                  the floor is that of as many training images: no generator should come out much below
-    kid, kid_se   squared MMD, unbiased, kernel (x.y / d + 1)^3, over 50 subsets of 1,000 (Binkowski et al. 2018,
-                  1801.01401), and its standard error
-    precision     the share of samples that lie within the distance from a real image to its 3rd neighbour; recall: the
-    recall        share of real images that lie so among the samples (Kynkaanniemi et al. 2019, 1904.06991)
-    kl, classes   divergence in nats of the classes of the samples from those of the test images, and how many classes
-                  have 1 sample in 100; for stacked-mnist the modes of 1,000 that have 1 of 26,000 samples
+    fd, fd_floor       Frechet distance (Heusel et al. 2017, 1706.08500), and that of as many training images
+    kid, kid_se        unbiased squared MMD, kernel (x.y / d + 1)^3 (Binkowski et al. 2018, 1801.01401); standard error
+    precision, recall  the share of samples as near to a real image as its 3rd neighbour is, and the reverse
+                       (Kynkaanniemi et al. 2019, 1904.06991)
+    kl, classes        divergence of the samples' classes from the test images' in nats; how many classes 1 sample in
+                       100 has. For stacked-mnist: from uniform; how many of 1,000 modes any of 26,000 samples has
 """
 import argparse
 import csv
@@ -26,7 +25,9 @@ import importlib
 import math
 import sys
 import time
+from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import imageio.v2 as imageio
 import numpy as np
@@ -42,27 +43,25 @@ from common import Data, Fault, epoch_order, fixed_noise, grid, load_data, load_
 from common import sample, save_atomically, to_batch  # noqa: E402
 
 COLUMNS = ["epoch", "fd", "fd_floor", "kid", "kid_se", "precision", "recall", "kl", "classes"]
+TESTS = {"mnist": MNIST, "fashion": FashionMNIST, "cifar10": CIFAR10}
 
 def load_test(dataset, data_dir):
-    """The test images of a data set, which no script trains on. Raises Fault if there are none."""
+    """The test images of a data set, which no script trains on. Raises Fault if they are not there."""
     if dataset == "digits":
         return render_digits(10_000, seed=1)
     if dataset == "stacked-mnist":
         images, labels, _ = load_test("mnist", data_dir)
         triples = torch.randint(len(images), (26_000, 3), generator=torch.Generator().manual_seed(1))
         return Data(images[triples].squeeze(2), labels[triples] @ torch.tensor([100, 10, 1]))
-    sources = {"mnist": MNIST, "fashion": FashionMNIST, "cifar10": CIFAR10}
-    if dataset not in sources:
-        raise Fault(f"{dataset} has no test images: score mnist, fashion, digits, stacked-mnist or cifar10.")
     try:
-        source = sources[dataset](data_dir, train=False, download=True)
+        source = TESTS[dataset](data_dir, train=False, download=True)
     except (OSError, RuntimeError) as error:
         raise Fault(f"no test images of {dataset} in {data_dir}, and no download of them ({error}).") from error
     images = torch.as_tensor(source.data)
     return Data(images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2), torch.as_tensor(source.targets))
 
 class Classifier(nn.Module):
-    """image (B, C, H, W) in [-1, 1] -> features (B, 128), logits (B, classes)."""
+    """image (B, C, H, W) in [-1, 1] -> features (B, 128), labels (B,)."""
     def __init__(self, channels, classes):
         super().__init__()
         convs = [nn.Conv2d(channels, 32, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(32, 64, 3, 1, 1), nn.ReLU()]
@@ -71,21 +70,20 @@ class Classifier(nn.Module):
 
     def forward(self, x):
         features = self.features(x)
-        return features, self.classify(features)
+        return features, self.classify(features).argmax(1)
 
 class Stacked(nn.Module):
-    """Three digits as the channels of a picture, by the classifier of one: features (B, 384), logits (B, 1000)."""
+    """Three digits as the channels of a picture, by the classifier of one: features (B, 384), labels (B,) to 999."""
     def __init__(self, net):
         super().__init__()
         self.net = net
 
     def forward(self, x):
-        features, logits = self.net(x.flatten(0, 1)[:, None])
-        a, b, c = logits.view(-1, 3, 10).unbind(1)
-        return features.view(len(x), -1), (a[:, :, None, None] + b[:, None, :, None] + c[:, None, None]).flatten(1)
+        features, labels = self.net(x.flatten(0, 1)[:, None])
+        return features.view(len(x), -1), labels.view(-1, 3) @ torch.tensor([100, 10, 1], device=x.device)
 
 class Inception(nn.Module):
-    """torchvision's Inception v3 for ImageNet: features (B, 2048), logits (B, 1000). Raises Fault without weights."""
+    """torchvision's Inception v3 for ImageNet: features (B, 2048), labels (B,) to 999. Raises Fault without weights."""
     def __init__(self):
         super().__init__()
         try:
@@ -93,30 +91,27 @@ class Inception(nn.Module):
         except OSError as error:
             raise Fault(f"the weights of Inception cannot be downloaded ({error}): omit --features.") from error
         self.classify, self.net.fc = self.net.fc, nn.Identity()
+        self.net.transform_input = False  # x is in [-1, 1] already, as the weights want it
 
     def forward(self, x):
-        x = interpolate(x.expand(-1, 3, -1, -1), (299, 299), mode="bilinear", antialias=True)
-        mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=x.device)[:, :, None, None]
-        features = self.net(((x + 1) / 2 - mean) / std)
-        return features, self.classify(features)
+        features = self.net(interpolate(x.expand(-1, 3, -1, -1), (299, 299), mode="bilinear", antialias=True))
+        return features, self.classify(features).argmax(1)
 
 def resize(images, size):
     """uint8 images at another size, as common.load_data does it."""
-    if images.shape[-1] == size:
-        return images
-    parts = (interpolate(x.float(), (size, size), mode="bilinear", antialias=True) for x in images.split(1000))
-    return torch.cat([x.round().byte() for x in parts])
+    parts = [interpolate(x.float(), (size, size), mode="bilinear", antialias=True) for x in images.split(1000)]
+    return images if images.shape[-1] == size else torch.cat(parts).round().byte()
 
 @torch.no_grad()
 def extract(net, images):
-    """Features (N, F) and logits (N, classes) of uint8 images (N, C, H, W)."""
+    """Features (N, F) and labels (N,) of uint8 images (N, C, H, W)."""
     device = next(net.parameters()).device
     parts = [net(to_batch(images, index, device)) for index in torch.arange(len(images)).split(500)]
-    return torch.cat([features.cpu() for features, _ in parts]), torch.cat([logits.cpu() for _, logits in parts])
+    return torch.cat([features.cpu() for features, _ in parts]), torch.cat([labels.cpu() for _, labels in parts])
 
 def load_classifier(name, train, test, data_dir, device):
     """The classifier of a data set, from its cache or trained for 4 epochs; its test accuracy is printed."""
-    cache = Path(data_dir) / f"score-{name}-{train.images.shape[-1]}.pt"
+    cache = Path(data_dir) / f"score-{name}-{train.images.shape[-1]}-{len(train.labels.unique())}.pt"
     torch.manual_seed(0)
     net = Classifier(train.images.shape[1], int(train.labels.max()) + 1).to(device)
     try:
@@ -127,12 +122,12 @@ def load_classifier(name, train, test, data_dir, device):
         for epoch in range(4):
             optimiser.param_groups[0]["lr"] = 1e-3 / 3**epoch
             for index in epoch_order(len(train.images), min(128, len(train.images)), 0, epoch):
-                loss = cross_entropy(net(to_batch(train.images, index, device))[1], train.labels[index].to(device))
+                logits = net.classify(net.features(to_batch(train.images, index, device)))
                 optimiser.zero_grad()
-                loss.backward()
+                cross_entropy(logits, train.labels[index].to(device)).backward()
                 optimiser.step()
         save_atomically(cache, net.state_dict())
-    right = (extract(net, test.images)[1].argmax(1) == test.labels).float().mean()
+    right = (extract(net, test.images)[1] == test.labels).float().mean()
     print(f"Classifier of {name}: {right:.2%} of {len(test.labels):,} test images right")
     return net
 
@@ -184,57 +179,20 @@ def draw(path, n):
         z = torch.cat([z, script.draw_codes(n, args.categorical, args.continuous)], 1)
     return sample(G, z), run["epoch"], args
 
-def save(folder, rows):
-    """score.csv and score.png, the curves over epochs."""
-    with open(folder / "score.csv", "w", newline="") as file:
-        table = [[f"{value:.6g}" if isinstance(value, float) else value for value in row] for row in rows]
-        csv.writer(file).writerows([COLUMNS, *table])
-    table = np.array(sorted(row for row in rows if not isinstance(row[0], str)), float).reshape(-1, len(COLUMNS)).T
-    epoch, fd, floor, mean, error, precision, recall, _, _ = table
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
-    panels = figure.subplots(1, 3)
-    panels[0].plot(epoch, fd, "o-", label="samples")
-    panels[0].plot(epoch, floor, "C7--", label="floor: training images")
-    panels[1].errorbar(epoch, mean, error, fmt="o-", label="with standard error")
-    panels[2].plot(epoch, precision, "o-", label="precision")
-    panels[2].plot(epoch, recall, "o-", label="recall")
-    panels[0].set(title="Frechet distance: lower is better", ylabel="FD", yscale="log", xlabel="epoch")
-    panels[1].set(title="Kernel distance: lower is better", ylabel="KID", xlabel="epoch")
-    panels[2].set(title="Higher is better", ylabel="share", ylim=(0, 1), xlabel="epoch")
-    for panel in panels:
-        panel.legend()
-    figure.savefig(folder / "score.png", dpi=100)
-
-def parse_args(argv=None):
-    """The flags."""
-    parser = argparse.ArgumentParser(description="Score the samples of a run, or any folder of pictures.")
-    add = parser.add_argument
-    add("folder", nargs="?", type=Path, help="a run, or a folder of pictures to compare with --dataset")
-    add("--dataset", help="of the real images (that of the run)")
-    add("--data-dir", help="where these are (where the run had it; else data)")
-    add("--samples", type=int, default=10_000, help="how many; for stacked-mnist 26,000 (%(default)s)")
-    add("--features", choices=["classifier", "inception"], default="classifier", help="inception: of ImageNet")
-    add("--snapshots", action="store_true", help="score each of generators/*.pt, and name the best")
-    add("--watch", action="store_true", help="the same, and go on as new ones come, to Ctrl-C")
-    add("--sanity", action="store_true", help="score real images, the same blurred by a 3x3 mean, and noise")
-    return parser.parse_args(argv)
-
-def run(args):
-    """Score what the flags name. Raises Fault."""
-    folder, rows, flags = args.folder or Path(), [], argparse.Namespace(img_size=None, classes=None, background="white")
-    is_run = (folder / "checkpoint.pt").exists()
-    flags = draw(folder / "checkpoint.pt", 1)[2] if is_run else flags
-    dataset = args.dataset or getattr(flags, "dataset", None)
-    data_dir = args.data_dir or getattr(flags, "data_dir", "data")
-    if not dataset:
-        raise Fault(f"{folder} holds no checkpoint.pt: name a run, or say with --dataset what to compare with.")
-    n = 26_000 if dataset == "stacked-mnist" else args.samples
+@lru_cache(1)  # for several runs on the same data
+def reference(dataset, data_dir, img_size, classes, background, inception, n):
+    """The images of a data set, the network that looks at them, and the features and labels that it finds."""
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    train = load_data(dataset, data_dir, flags.img_size, flags.classes, flags.background)
-    test, size = load_test(dataset, data_dir), train.images.shape[-1]
-    keep = torch.isin(test.labels, train.labels.unique())
-    test = Data(resize(test.images[keep], size), test.labels[keep])
-    if args.features == "inception":
+    train = load_data(dataset, data_dir, img_size, classes, background)
+    if dataset in ["digits", "stacked-mnist", *TESTS]:
+        test, size = load_test(dataset, data_dir), train.images.shape[-1]
+        keep = torch.isin(test.labels, train.labels.unique())
+        test = Data(resize(test.images[keep], size), test.labels[keep])
+    elif inception:
+        train, test = Data(train.images[::2]), Data(train.images[1::2])
+    else:
+        raise Fault(f"{dataset} has no test images with labels: add --features inception.")
+    if inception:
         net = Inception().to(device).eval()
     elif dataset == "stacked-mnist":
         digits, others = load_data("mnist", data_dir, size), load_test("mnist", data_dir)
@@ -242,48 +200,87 @@ def run(args):
         net = Stacked(load_classifier("mnist", digits, others, data_dir, device))
     else:
         net = load_classifier(dataset, train, test, data_dir, device)
-    real, real_logits = extract(net, test.images)
-    pick = torch.randperm(len(train.images), generator=torch.Generator().manual_seed(0))[:n]
-    floor = frechet(extract(net, train.images[pick])[0], real)
-    def score(images, epoch):
-        fake, logits = extract(net, images)
-        kl = balance(logits.argmax(1), real_logits.argmax(1), logits.shape[1])
-        pr = precision_recall(real[:10_000], fake[:10_000])
-        rows.append([epoch, frechet(fake, real), floor, *kid(fake, real), *pr, *kl])
-        print(*(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-                for name, value in zip(COLUMNS, rows[-1], strict=True)), sep="  ", flush=True)  # fmt: skip
-        save(folder, rows)
-    done = set()
+    real = SimpleNamespace(train=train.images, net=net, kinds=1000 if inception else int(train.labels.max()) + 1)
+    real.features, real.labels = extract(net, test.images)
+    real.labels = torch.arange(1000) if dataset == "stacked-mnist" else real.labels
+    real.some = train.images[torch.randperm(len(train.images), generator=torch.Generator().manual_seed(0))[:n]]
+    real.floor = frechet(extract(net, real.some)[0], real.features)
+    return real
+
+def score(images, epoch, real, rows, folder):
+    """Measure images, put the row into rows, print it, and write score.csv and score.png, the curves over epochs."""
+    fake, labels = extract(real.net, images)
+    shares = precision_recall(real.features[:10_000], fake[:10_000])
+    row = [epoch, frechet(fake, real.features), real.floor, *kid(fake, real.features), *shares]
+    rows.append([*row, *balance(labels, real.labels, real.kinds)])
+    table = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row] for row in rows]
+    print(folder, *(f"{name} {value}" for name, value in zip(COLUMNS, table[-1], strict=True)), sep="  ", flush=True)
+    with open(folder / "score.csv", "w", newline="") as file:
+        csv.writer(file).writerows([COLUMNS, *table])
+    curves = np.array(sorted(row for row in rows if not isinstance(row[0], str)), float).reshape(-1, len(COLUMNS)).T
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    panels = {"Frechet distance: lower is better": [1, 2], "Kernel distance: lower is better": [3]}
+    for i, (title, columns) in enumerate((panels | {"Higher is better": [5, 6]}).items(), 1):
+        panel = figure.add_subplot(1, 3, i, title=title, xlabel="epoch", ylabel=COLUMNS[columns[0]])
+        panel.plot(curves[0], curves[columns].T, "o-", label=[COLUMNS[column] for column in columns])
+        panel.legend()
+    figure.savefig(folder / "score.png", dpi=100)
+
+def parse_args(argv=None):
+    """The flags."""
+    parser = argparse.ArgumentParser(description="Score the samples of runs, or any folders of pictures.")
+    add = parser.add_argument
+    add("folders", nargs="*", type=Path, help="runs, or folders of pictures to compare with --dataset")
+    add("--dataset", help="of the real images (that of the run)")
+    add("--data-dir", help="where these are (where the run had it; else data)")
+    add("--samples", type=int, default=10_000, help="how many; for stacked-mnist 26,000 (%(default)s)")
+    add("--features", choices=["classifier", "inception"], default="classifier", help="inception: of ImageNet")
+    add("--snapshots", action="store_true", help="score each of generators/*.pt too, and name the best")
+    add("--watch", action="store_true", help="the same, and go on as new ones come, to Ctrl-C")
+    add("--sanity", action="store_true", help="score real images, the same blurred by a 3x3 mean, and noise")
+    return parser.parse_args(argv)
+
+def score_folder(folder, args):
+    """Score what the flags name, in this folder. Returns the last row. Raises Fault."""
+    rows, done, is_run = [], set(), (folder / "checkpoint.pt").exists()
+    flags = draw(folder / "checkpoint.pt", 2)[2] if is_run else SimpleNamespace(img_size=None, classes=None)
+    dataset = args.dataset or getattr(flags, "dataset", None)
+    if not dataset:
+        raise Fault(f"{folder} holds no checkpoint.pt: name a run, or say with --dataset what to compare with.")
+    n, data_dir = args.samples, args.data_dir or getattr(flags, "data_dir", "data")
+    data = flags.img_size, tuple(flags.classes or ()), getattr(flags, "background", "white")
+    real = reference(dataset, data_dir, *data, args.features == "inception", n)
     while is_run and (args.snapshots or args.watch):
         for path in sorted({*folder.glob("generators/*.pt")} - done):
             done.add(path)
-            score(*draw(path, n)[:2])
+            score(*draw(path, n)[:2], real, rows, folder)
         if not args.watch:
             print(f"best: epoch {min(rows, key=lambda row: row[1])[0]}" if rows else "no generators/: --snapshot-every")
             break
         time.sleep(5)
-    images = None
     if is_run:
         images, epoch, _ = draw(folder / "checkpoint.pt", n)
-        score(images, epoch)
-    elif args.folder:
-        images = resize(load_folder("folder", folder, size, (255, 255, 255)).images, size)
-        images = images.expand(-1, test.images.shape[1], -1, -1)
-        score(images, "pictures")
-    if images is not None:
-        distances = torch.cdist(extract(net, images[:16])[0], extract(net, train.images)[0])  # (16, N)
-        nearest = distances.topk(3, largest=False).indices
-        beside = torch.cat([images[:16, None], train.images[nearest]], 1)  # (16, 4, C, H, W): a sample, then these
-        imageio.imwrite(folder / "nearest.png", grid(beside.flatten(0, 1)))
+    elif args.folders:
+        images, epoch = load_folder("folder", folder, real.some.shape[-1], (255, 255, 255)).images, "pictures"
+        images = images.expand(-1, real.some.shape[1], -1, -1)
+    if is_run or args.folders:
+        score(images, epoch, real, rows, folder)
+        distances = torch.cdist(extract(real.net, images[:16])[0], extract(real.net, real.train)[0])  # (16, N)
+        nearest = real.train[distances.topk(3, largest=False).indices]  # (16, 3, C, H, W)
+        imageio.imwrite(folder / "nearest.png", grid(torch.cat([images[:16, None], nearest], 1).flatten(0, 1)))
     if args.sanity:
-        score(train.images[pick], "real")
-        score(avg_pool2d(train.images[pick].float(), 3, 1, 1).round().byte(), "blurred")
-        score(torch.randint(256, train.images[pick].shape, dtype=torch.uint8), "noise")
+        score(real.some, "real", real, rows, folder)
+        score(avg_pool2d(real.some.float(), 3, 1, 1).round().byte(), "blurred", real, rows, folder)
+        score(torch.randint(256, real.some.shape, dtype=torch.uint8), "noise", real, rows, folder)
+    return rows[-1]
 
 def main(argv=None):
     """Run the script. Returns the exit code, 1 for a fault, told in one sentence."""
     try:
-        run(parse_args(argv))
+        args = parse_args(argv)
+        ends = np.array([score_folder(folder, args)[1:] for folder in args.folders or [Path()]])
+        for name, values in zip(COLUMNS[1:], ends.T if len(ends) > 1 else (), strict=False):
+            print(f"{name}: mean {values.mean():.4g}, from {values.min():.4g} to {values.max():.4g}")
     except (Fault, OSError) as error:
         print("score.py:", str(error).partition("\n")[0], file=sys.stderr)
         return 1
