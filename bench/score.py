@@ -233,7 +233,7 @@ def parse_args(argv=None):
     add("folders", nargs="*", type=Path, help="runs, or folders of pictures to compare with --dataset")
     add("--dataset", help="of the real images (that of the run)")
     add("--data-dir", help="where these are (where the run had it; else data)")
-    add("--samples", type=int, default=10_000, help="how many; for stacked-mnist 26,000 (%(default)s)")
+    add("--samples", type=int, help="how many (10,000; of stacked-mnist 26,000)")
     add("--features", choices=["classifier", "inception"], default="classifier", help="inception: of ImageNet")
     add("--snapshots", action="store_true", help="score each of generators/*.pt too, and name the best")
     add("--watch", action="store_true", help="the same, and go on as new ones come, to Ctrl-C")
@@ -247,7 +247,8 @@ def score_folder(folder, args):
     dataset = args.dataset or getattr(flags, "dataset", None)
     if not dataset:
         raise Fault(f"{folder} holds no checkpoint.pt: name a run, or say with --dataset what to compare with.")
-    n, data_dir = args.samples, args.data_dir or getattr(flags, "data_dir", "data")
+    data_dir = args.data_dir or getattr(flags, "data_dir", "data")
+    n = args.samples or (26_000 if dataset == "stacked-mnist" else 10_000)
     data = flags.img_size, tuple(flags.classes or ()), getattr(flags, "background", "white")
     real = reference(dataset, data_dir, *data, args.features == "inception", n)
     while is_run and (args.snapshots or args.watch):

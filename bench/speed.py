@@ -1,0 +1,227 @@
+"""How fast is a step of each script? Beside a plain loop, beside its own bound, and for more and more data.
+
+    python bench/speed.py            # both tables, in Markdown
+    python bench/speed.py --quick    # a few steps of each: that it works, not how fast it is
+    python bench/speed.py --scripts  # the first table alone
+    python bench/speed.py --data     # the second alone
+
+First table. The script runs as it is, main() and all, on random pictures; files are not written, samples not drawn. The
+time of a step is that from one G loss to the next, after a few. The plain loop has the same networks, losses and batch,
+written as tutorials write it: contiguous float32, two backward passes for D, D's weight gradients in the G step, G's
+graph in the D step, PyTorch's default Adam, and a batch that lies ready. The bound is the forward and backward passes
+alone, in the script's layout and precision, on fixed z and x: no optimiser, noise or logging. The optimisers are timed
+apart. All of a row are timed in turn in one process, for several rounds; ratios are taken round by round, and shown as
+their median and range: machines are noisy.
+
+Second table. dcgan.py on N pictures of 28x28, resident and in a memory-mapped file, each in a process of its own.
+"""
+import argparse
+import importlib
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack, nullcontext
+from pathlib import Path
+from statistics import median
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from common import Data  # noqa: E402
+
+ROWS = {  # the script, its flags, steps a round
+    "mlp_gan": ("mlp_gan", "", 150),
+    "dcgan": ("dcgan", "", 60),
+    "dcgan, one convolution, 64 128": ("dcgan", "--depth 1 --hidden-channels 64 128", 30),
+    "dcgan, strongest recipe": ("dcgan", "--hidden-channels 32 64 --d-norm none --r1 0.5 --init default", 20),
+    "wgan_gp": ("wgan_gp", "", 20),
+    "wgan_gp, one convolution, 64 128": ("wgan_gp", "--depth 1 --hidden-channels 64 128 --batch-size 64", 8),
+    "infogan": ("infogan", "", 30),
+}
+QUIET = ["save_plots", "save_history", "save_gif", "save_atomically", "save_traversals", "print"]
+WARM = 3  # steps that are not timed
+
+def run_script(script, flags, data, steps):
+    """Seconds of a step of script.main() on data, a Data; and the flags that it ran with."""
+    times, given, loss = [], [], script.generator_loss
+    def timed_loss(*args):
+        times.append(time.perf_counter())
+        return loss(*args)
+    def build(args):
+        given.append(args)
+        return original(args)
+    original = script.build
+    with tempfile.TemporaryDirectory() as out, ExitStack() as stack:
+        for name in QUIET:
+            stack.enter_context(patch.object(script, name, lambda *_, **__: None, create=True))
+        stack.enter_context(patch.object(script, "generator_loss", timed_loss))
+        stack.enter_context(patch.object(script, "build", build))
+        stack.enter_context(patch.object(script, "load_data", lambda *_: data))
+        stack.enter_context(patch.object(script, "grid", lambda *_: np.zeros((8, 8, 3), np.uint8)))
+        stack.enter_context(patch.object(script, "sample", lambda *_: None))
+        code = script.main([*flags, "--max-steps", str(steps + WARM), "--out", f"{out}/run"])
+        assert code == 0, f"{script.__name__} {flags} ended with {code}"
+    return (times[-1] - times[WARM - 1]) / (len(times) - WARM), given[0]
+
+def losses(script, args):
+    """The losses of a script as functions of D and pictures: of D, a list to be summed; of G."""
+    def label(logits, value):
+        return binary_cross_entropy_with_logits(logits, torch.full_like(logits, value))
+    def real_fake(D, real, fake):
+        if not getattr(args, "r1", 0):
+            return [label(D(real).float(), 1), label(D(fake).float(), 0)]
+        logits = D(real.requires_grad_()).float()
+        return [label(logits, 1) + args.r1 / 2 * script.r1_penalty(logits, real), label(D(fake).float(), 0)]
+    def critic(D, real, fake):
+        penalty = args.gp_weight * script.gradient_penalty(D, real, fake)
+        return [D(fake).mean() - D(real).mean() + penalty]
+    def guess(D, fake):
+        logits, guesses = D(fake)
+        sizes, n = args.categorical, sum(args.categorical)
+        half = D(script.augment(fake[: len(fake) // 2], args.augment))[1]
+        guesses = torch.cat([torch.cat([half, guesses[len(half) :]])[:, :n], guesses[:, n:]], 1)
+        bounds = script.information(guesses, args.c, sizes, args.continuous_variance)
+        return logits, args.info_weight_cat * bounds[0] + args.info_weight_cont * bounds[1]
+    def info_d(D, real, fake):
+        logits, bound = guess(D, fake)
+        return [label(D(real)[0], 1), label(logits, 0) - bound]
+    def info_g(D, fake):
+        logits, bound = guess(D, fake)
+        return label(logits, 1) - bound
+    if script.__name__ == "wgan_gp":
+        return critic, lambda D, fake: -D(fake).mean()
+    if script.__name__ == "infogan":
+        return info_d, info_g
+    return real_fake, lambda D, fake: label(D(fake).float(), 1)
+
+def plain_step(G, D, opt_g, opt_d, x, new_z, loss_d, loss_g, critic_steps):
+    """One step as tutorials write it."""
+    for _ in range(critic_steps):
+        opt_d.zero_grad()
+        fake = G(new_z())
+        for loss in loss_d(D, x, fake.detach()):
+            loss.backward()
+        opt_d.step()
+    opt_g.zero_grad()
+    loss_g(D, G(new_z()) if critic_steps > 1 else fake).backward()
+    opt_g.step()
+
+def bound_step(G, D, x, z, loss_d, loss_g, critic_steps, cast):
+    """The forward and backward passes of a step of the script, and nothing else."""
+    D.requires_grad_(True)
+    for _ in range(critic_steps):
+        with cast(), torch.no_grad() if critic_steps > 1 else nullcontext():
+            fake = G(z)
+        with cast():
+            loss = sum(loss_d(D, x.detach(), fake.detach()))
+        loss.backward()
+    D.requires_grad_(False)
+    with cast():
+        loss = loss_g(D, G(z) if critic_steps > 1 else fake)
+    loss.backward()
+
+def seconds(step, steps):
+    """Of one step, the first few apart."""
+    for _ in range(WARM):
+        step()
+    started = time.perf_counter()
+    for _ in range(steps):
+        step()
+    return (time.perf_counter() - started) / steps
+
+def measure(name, flags, data, steps, rounds):
+    """For each precision, lists over the rounds: plain / script, script / bound, optimiser / script; images a second."""
+    script, found = importlib.import_module(name), {}
+    for _ in range(rounds):
+        for precision in ("bf16", "fp32"):
+            took, args = run_script(script, [*flags.split(), "--precision", precision], data, steps)
+            batch, rest = args.batch_size, getattr(args, "critic_steps", 1)
+            x, inputs = torch.rand(batch, *data.images.shape[1:]) * 2 - 1, args.latent_dim
+            args.c = script.draw_codes(batch, args.categorical, args.continuous) if name == "infogan" else None
+            def new_z(args=args, batch=batch, inputs=inputs):
+                z = torch.randn(batch, inputs)
+                return z if args.c is None else torch.cat([z, args.c], 1)
+            loss_d, loss_g = losses(script, args)
+            if precision == "bf16":
+                G, D = script.build(args)
+                adam = [torch.optim.Adam(net.parameters(), 1e-4, (0.5, 0.9)) for net in (G, D)]
+                parts = (G, D, *adam, x, new_z, loss_d, loss_g, rest)
+                plain = seconds(lambda: plain_step(*parts), steps)  # noqa: B023
+            G, D = (net.to(memory_format=torch.channels_last) for net in script.build(args))
+            cast, z = lambda: torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"), new_z()  # noqa: B023
+            bound = seconds(lambda: bound_step(G, D, x, z, loss_d, loss_g, rest, cast), steps)  # noqa: B023
+            D.requires_grad_(True)
+            sum(loss.sum() for loss in loss_d(D, x, G(z).detach())).backward()
+            fused = [torch.optim.Adam(net.parameters(), 1e-4, fused=True) for net in (G, *[D] * rest)]
+            adam_took = seconds(lambda: [opt.step() for opt in fused], steps)  # noqa: B023
+            row = plain / took, took / bound, adam_took / took, batch * rest / took
+            for column, value in zip(found.setdefault(precision, [[], [], [], []]), row, strict=True):
+                column.append(value)
+    return found
+
+def table_of_scripts(rounds, shorter):
+    """One row a script and precision."""
+    print("| script | precision | images/s | faster than a plain loop | time over the bound | of it Adam |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    data = Data(torch.randint(256, (60_000 // shorter, 1, 28, 28), dtype=torch.uint8))
+    for title, (name, flags, steps) in ROWS.items():
+        found = measure(name, flags, data, max(2, steps // shorter), rounds)
+        for precision, (ratio, over, adam, speed) in found.items():
+            spread = f"{median(ratio):.2f} ({min(ratio):.2f} to {max(ratio):.2f})"
+            more = f"{median(over) - 1:.0%} ({min(over) - 1:.0%} to {max(over) - 1:.0%}) | {median(adam):.0%}"
+            print(f"| {title} | {precision} | {median(speed):,.0f} | {spread} | {more} |", flush=True)
+
+def measure_size(n, kind, steps):
+    """Seconds of a step of dcgan.py on n pictures, and the peak memory of this process in MB."""
+    block = torch.randint(256, (1000, 1, 28, 28), dtype=torch.uint8).numpy()
+    with tempfile.TemporaryDirectory() as folder:
+        shape = (n, 1, 28, 28)
+        array = np.memmap(f"{folder}/data", np.uint8, "w+", 0, shape) if kind == "mapped" else np.empty(shape, np.uint8)
+        for start in range(0, n, 1000):
+            array[start : start + 1000] = block
+        if kind == "mapped":
+            array.flush()
+            array = np.memmap(f"{folder}/data", np.uint8, "c", shape=shape)
+        took, _ = run_script(importlib.import_module("dcgan"), [], Data(torch.from_numpy(array)), steps)
+    return took, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+def table_of_sizes(rounds, shorter):
+    """One row a size; each figure is the median of the rounds."""
+    print("\n| pictures | resident: ms a step | peak MB | mapped: ms a step | peak MB |")
+    print("| --- | --- | --- | --- | --- |")
+    sizes, found = [1000, 10_000, 100_000] + [1_000_000] * (shorter == 1), {}
+    for _ in range(rounds):
+        for n in sizes:
+            for kind in ("resident", "mapped"):
+                command = [sys.executable, __file__, "--measure", str(n), kind, str(max(2, 100 // shorter))]
+                answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+                found.setdefault((n, kind), []).append([float(value) for value in answer[-2:]])
+    for n in sizes:
+        cells = [median(column) for kind in ("resident", "mapped") for column in zip(*found[n, kind], strict=True)]
+        print(f"| {n:,} | {1000 * cells[0]:.2f} | {cells[1]:,.0f} | {1000 * cells[2]:.2f} | {cells[3]:,.0f} |")
+
+def main(argv=None):
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description="How fast is a step of each script?")
+    parser.add_argument("--quick", action="store_true", help="a few steps of each, in half a minute")
+    parser.add_argument("--scripts", action="store_true", help="the table of the scripts alone")
+    parser.add_argument("--data", action="store_true", help="the table of the data set sizes alone")
+    parser.add_argument("--rounds", type=int, default=5, help="of which medians are taken (%(default)s)")
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)  # a process of the second table
+    args = parser.parse_args(argv)
+    rounds, shorter = (1, 30) if args.quick else (args.rounds, 1)
+    if args.measure:
+        print(*measure_size(int(args.measure[0]), args.measure[1], int(args.measure[2])))
+        return
+    if not args.data:
+        table_of_scripts(rounds, shorter)
+    if not args.scripts:
+        table_of_sizes(min(rounds, 3), shorter)
+
+if __name__ == "__main__":
+    main()
