@@ -30,7 +30,7 @@ import dcgan
 import infogan
 import mlp_gan
 import wgan_gp
-from bench import score
+from bench import score, speed
 
 HERE = Path(__file__).parent
 TINY = {
@@ -1755,6 +1755,142 @@ def test_the_balance_and_the_modes_of_a_hand_made_set():
     assert classes == 1
     modes = torch.tensor([0, 0, 7, 999])
     assert score.balance(modes, torch.arange(1000), 1000)[1] == 3
+
+
+@pytest.fixture
+def few_digits(monkeypatch):
+    """The scripts and score.py see 400 digits to train on and 300 others."""
+    train, test = common.render_digits(400, seed=0), common.render_digits(300, seed=1)
+    for module in (mlp_gan, dcgan, wgan_gp, infogan, score):
+        monkeypatch.setattr(module, "load_data", lambda *_: train)
+    monkeypatch.setattr(score, "load_test", lambda *_: test)
+    score.reference.cache_clear()
+
+
+def scores(folder):
+    with open(Path(folder) / "score.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def test_score_runs_end_to_end_on_a_one_step_run(script, few_digits):
+    run(script, "--max-steps", 1, "--out", "r")
+    assert score.main(["r", "--samples", "100", "--sanity"]) == 0
+    rows = scores("r")
+    assert list(rows[0]) == score.COLUMNS
+    assert [row["epoch"] for row in rows] == ["0", "real", "blurred", "noise"]
+    fd = [float(row["fd"]) for row in rows]
+    assert fd[1] == float(rows[0]["fd_floor"])
+    assert fd[1] < fd[2] < fd[3]
+    assert fd[1] < fd[0]
+    assert imageio.imread("r/nearest.png").shape[1] == imageio.imread("r/real.png").shape[1]
+    assert Path("r/score.png").exists()
+
+
+def test_score_of_snapshots_of_folders_and_of_several_runs(few_digits, capsys):
+    run(mlp_gan, "--epochs", 2, "--snapshot-every", 1, "--out", "r")
+    mlp_gan.main(["--out", "r", "--sample", "120"])
+    assert score.main(["r", "--samples", "100", "--snapshots"]) == 0
+    rows = scores("r")
+    assert [row["epoch"] for row in rows] == ["1", "2", "2"]
+    assert rows[1] == rows[2]  # the snapshot of the last epoch is the average in the checkpoint
+    best = min(rows, key=lambda row: float(row["fd"]))["epoch"]
+    assert f"best: epoch {best}" in capsys.readouterr().out
+    assert score.main(["r/generated", "--dataset", "digits"]) == 0
+    (pictures,) = scores("r/generated")
+    assert pictures["epoch"] == "pictures"
+    assert 0.5 < float(pictures["fd"]) / float(rows[2]["fd"]) < 2  # other samples of the same G
+    assert score.main(["r", "r", "--samples", "100"]) == 0
+    assert f"fd: mean {rows[2]['fd']}, from {rows[2]['fd']}" in capsys.readouterr().out
+
+
+def test_score_watches_a_training(few_digits, monkeypatch, capsys):
+    run(mlp_gan, "--epochs", 1, "--snapshot-every", 1, "--out", "r")
+    naps = []
+
+    def sleep(seconds):
+        naps.append(seconds)
+        if len(naps) == 2:
+            raise KeyboardInterrupt
+        mlp_gan.main([*TINY["mlp_gan"], "--out", "r", "--resume", "--epochs", "2"])
+
+    monkeypatch.setattr(score.time, "sleep", sleep)
+    assert score.main(["r", "--samples", "100", "--watch"]) == 0
+    assert [row["epoch"] for row in scores("r")] == ["1", "2"]
+
+
+def test_score_without_labels_asks_for_inception_and_says_where_its_weights_are_missing(pictures, monkeypatch, capsys):
+    run_on_pictures(mlp_gan, pictures, "r", "--max-steps", 1)
+    capsys.readouterr()
+    assert "--features inception" in refusal(capsys, score.main(["r"]), [1])
+
+    def offline(weights):
+        raise OSError("no network")
+
+    monkeypatch.setattr(score, "inception_v3", offline)
+    assert "cannot be downloaded" in refusal(capsys, score.main(["r", "--features", "inception"]), [1])
+
+    class Net(nn.Module):
+        def __init__(self, weights):
+            super().__init__()
+            self.fc = nn.Linear(3, 1000)
+
+        def forward(self, x):
+            assert x.shape[1:] == (3, 299, 299)
+            return self.fc(x.mean((2, 3)))
+
+    monkeypatch.setattr(score, "inception_v3", Net)
+    assert score.main(["r", "--features", "inception", "--samples", "8"]) == 0
+    assert float(scores("r")[0]["fd"]) > 0
+
+
+def test_score_says_what_it_cannot_score(tmp_path, capsys):
+    assert "--dataset" in refusal(capsys, score.main([str(tmp_path)]), [1])
+    (tmp_path / "checkpoint.pt").write_bytes(b"damaged")
+    assert "checkpoint.pt" in refusal(capsys, score.main([str(tmp_path)]), [1])
+
+
+def test_the_classifier_of_stacked_digits_reads_each_channel():
+    class Net(nn.Module):
+        def forward(self, x):  # one channel, whose brightness is the digit
+            return x.mean((2, 3)), x.mean((1, 2, 3)).round().long()
+
+    x = torch.tensor([[3.0, 0, 7], [9, 9, 1]])[:, :, None, None].expand(-1, -1, 4, 4)
+    features, labels = score.Stacked(Net())(x)
+    assert features.tolist() == [[3, 0, 7], [9, 9, 1]]
+    assert labels.tolist() == [307, 991]
+
+
+# bench/speed.py
+
+
+@pytest.mark.parametrize("name", ["mlp_gan", "dcgan", "wgan_gp", "infogan"])
+def test_speed_times_the_script_and_what_it_is_compared_with(name):
+    data = common.Data(torch.randint(256, (200, 1, 28, 28), dtype=torch.uint8))
+    found = speed.measure(name, " ".join(TINY[name]), data, steps=2, rounds=1)
+    assert list(found) == ["bf16", "fp32"]
+    for columns in found.values():
+        assert all(0 < value < math.inf for (value,) in columns)
+
+
+@pytest.mark.parametrize("name", ["mlp_gan", "dcgan", "infogan"])
+def test_the_plain_loop_has_the_losses_of_the_script(name, monkeypatch):
+    script = importlib.import_module(name)
+    args = script.parse_args([*TINY[name]])
+    args.img_size, args.img_channels = 8, 1
+    torch.manual_seed(0)
+    _, D = (network.eval() for network in script.build(args))
+    x_real, x_fake = torch.rand(2, 4, 1, 8, 8) * 2 - 1
+    loss_d, loss_g = speed.losses(script, args)
+    if name == "infogan":
+        monkeypatch.setattr(script, "information", lambda *_: (torch.zeros(()), torch.zeros(())))
+        args.c = None
+        logits_real, logits_fake = D(x_real)[0], D(x_fake)[0]
+    else:
+        logits_real, logits_fake = D(x_real), D(x_fake)
+    assert sum(loss_d(D, x_real, x_fake)).item() == pytest.approx(
+        script.discriminator_loss(logits_real, logits_fake).item(), rel=1e-5
+    )
+    assert loss_g(D, x_fake).item() == pytest.approx(script.generator_loss(logits_fake).item(), rel=1e-5)
 
 
 # README.md
