@@ -134,7 +134,7 @@ def seconds(step, steps):
     return (time.perf_counter() - started) / steps
 
 def measure(name, flags, data, steps, rounds):
-    """For each precision, lists over the rounds: plain / script, script / bound, optimiser / script; images a second."""
+    """For each precision, lists over the rounds: plain / script, script / bound, Adam / script; images a second."""
     script, found = importlib.import_module(name), {}
     for _ in range(rounds):
         for precision in ("bf16", "fp32"):
