@@ -1850,13 +1850,13 @@ def test_score_says_what_it_cannot_score(tmp_path, capsys):
 
 
 def test_the_classifier_of_stacked_digits_reads_each_channel():
-    class Net(nn.Module):
-        def forward(self, x):  # one channel, whose brightness is the digit
-            return x.mean((2, 3)), x.mean((1, 2, 3)).round().long()
-
-    x = torch.tensor([[3.0, 0, 7], [9, 9, 1]])[:, :, None, None].expand(-1, -1, 4, 4)
-    features, labels = score.Stacked(Net())(x)
-    assert features.tolist() == [[3, 0, 7], [9, 9, 1]]
+    brightness = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())  # -1 to 1 for the digits 0 to 9
+    digit = nn.Linear(1, 10)
+    digit.weight.data = torch.linspace(-1, 1, 10)[:, None]  # the digit of nearest brightness has the highest logit
+    digit.bias.data = -digit.weight.data.squeeze(1) ** 2 / 2
+    images = torch.tensor([[3, 0, 7], [9, 9, 1]])[:, :, None, None].expand(-1, -1, 4, 4) * 255 // 9
+    features, labels = score.extract(score.Eyes(1, brightness, digit), images.byte())
+    assert features.shape == (2, 3)
     assert labels.tolist() == [307, 991]
 
 

@@ -60,76 +60,56 @@ def load_test(dataset, data_dir):
     images = torch.as_tensor(source.data)
     return Data(images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2), torch.as_tensor(source.targets))
 
-class Classifier(nn.Module):
-    """image (B, C, H, W) in [-1, 1] -> features (B, 128), labels (B,)."""
-    def __init__(self, channels, classes):
+class Eyes(nn.Module):
+    """image (B, channels, H, W) in [-1, 1] -> features (B, F); classify makes them logits."""
+    def __init__(self, channels, see, classify):
         super().__init__()
-        convs = [nn.Conv2d(channels, 32, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(32, 64, 3, 1, 1), nn.ReLU()]
-        self.features = nn.Sequential(*convs, nn.AdaptiveMaxPool2d(7), nn.Flatten(), nn.Linear(3136, 128), nn.ReLU())
-        self.classify = nn.Linear(128, classes)
+        self.channels, self.see, self.classify = channels, see, classify
 
     def forward(self, x):
-        features = self.features(x)
-        return features, self.classify(features).argmax(1)
-
-class Stacked(nn.Module):
-    """Three digits as the channels of a picture, by the classifier of one: features (B, 384), labels (B,) to 999."""
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def forward(self, x):
-        features, labels = self.net(x.flatten(0, 1)[:, None])
-        return features.view(len(x), -1), labels.view(-1, 3) @ torch.tensor([100, 10, 1], device=x.device)
-
-class Inception(nn.Module):
-    """torchvision's Inception v3 for ImageNet: features (B, 2048), labels (B,) to 999. Raises Fault without weights."""
-    def __init__(self):
-        super().__init__()
-        try:
-            self.net = inception_v3(weights=Inception_V3_Weights.IMAGENET1K_V1)
-        except OSError as error:
-            raise Fault(f"the weights of Inception cannot be downloaded ({error}): omit --features.") from error
-        self.classify, self.net.fc = self.net.fc, nn.Identity()
-        self.net.transform_input = False  # x is in [-1, 1] already, as the weights want it
-
-    def forward(self, x):
-        features = self.net(interpolate(x.expand(-1, 3, -1, -1), (299, 299), mode="bilinear", antialias=True))
-        return features, self.classify(features).argmax(1)
-
-def resize(images, size):
-    """uint8 images at another size, as common.load_data does it."""
-    parts = [interpolate(x.float(), (size, size), mode="bilinear", antialias=True) for x in images.split(1000)]
-    return images if images.shape[-1] == size else torch.cat(parts).round().byte()
+        return self.see(x)
 
 @torch.no_grad()
-def extract(net, images):
-    """Features (N, F) and labels (N,) of uint8 images (N, C, H, W)."""
-    device = next(net.parameters()).device
-    parts = [net(to_batch(images, index, device)) for index in torch.arange(len(images)).split(500)]
-    return torch.cat([features.cpu() for features, _ in parts]), torch.cat([labels.cpu() for _, labels in parts])
+def extract(eyes, images):
+    """Features (N, F) and labels (N,) of uint8 images (N, C, H, W). Of stacked digits each is looked at by itself."""
+    device, stack = next(eyes.parameters()).device, max(1, images.shape[1] // eyes.channels)
+    rows = images.expand(-1, stack * eyes.channels, -1, -1).reshape(-1, eyes.channels, *images.shape[2:])
+    features = torch.cat([eyes(to_batch(rows, index, device)) for index in torch.arange(len(rows)).split(500)])
+    labels = eyes.classify(features).argmax(1).cpu().view(-1, stack) @ torch.tensor([100, 10, 1])[-stack:]
+    return features.cpu().view(len(images), -1), labels
+
+def load_inception():
+    """torchvision's Inception v3 for ImageNet. Raises Fault without weights."""
+    try:
+        net = inception_v3(weights=Inception_V3_Weights.IMAGENET1K_V1)
+    except OSError as error:
+        raise Fault(f"the weights of Inception cannot be downloaded ({error}): omit --features.") from error
+    classify, net.fc, net.transform_input = net.fc, nn.Identity(), False  # x is in [-1, 1], as the weights want it
+    return Eyes(3, nn.Sequential(nn.Upsample((299, 299), mode="bilinear"), net), classify).eval()
 
 def load_classifier(name, train, test, data_dir, device):
     """The classifier of a data set, from its cache or trained for 4 epochs; its test accuracy is printed."""
     cache = Path(data_dir) / f"score-{name}-{train.images.shape[-1]}-{len(train.labels.unique())}.pt"
     torch.manual_seed(0)
-    net = Classifier(train.images.shape[1], int(train.labels.max()) + 1).to(device)
+    convs = [nn.Conv2d(train.images.shape[1], 32, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(32, 64, 3, 1, 1)]
+    see = nn.Sequential(*convs, nn.ReLU(), nn.AdaptiveMaxPool2d(7), nn.Flatten(), nn.Linear(3136, 128), nn.ReLU())
+    eyes = Eyes(train.images.shape[1], see, nn.Linear(128, int(train.labels.max()) + 1)).to(device)
     try:
-        net.load_state_dict(torch.load(cache, map_location=device, weights_only=True))
+        eyes.load_state_dict(torch.load(cache, map_location=device, weights_only=True))
     except Exception:  # not there, or damaged
         print(f"Training the classifier of {name}, once", flush=True)
-        optimiser = torch.optim.Adam(net.parameters(), 1e-3, fused=True)
+        optimiser = torch.optim.Adam(eyes.parameters(), 1e-3, fused=True)
         for epoch in range(4):
             optimiser.param_groups[0]["lr"] = 1e-3 / 3**epoch
             for index in epoch_order(len(train.images), min(128, len(train.images)), 0, epoch):
-                logits = net.classify(net.features(to_batch(train.images, index, device)))
+                logits = eyes.classify(eyes(to_batch(train.images, index, device)))
                 optimiser.zero_grad()
                 cross_entropy(logits, train.labels[index].to(device)).backward()
                 optimiser.step()
-        save_atomically(cache, net.state_dict())
-    right = (extract(net, test.images)[1] == test.labels).float().mean()
+        save_atomically(cache, eyes.state_dict())
+    right = (extract(eyes, test.images)[1] == test.labels).float().mean()
     print(f"Classifier of {name}: {right:.2%} of {len(test.labels):,} test images right")
-    return net
+    return eyes
 
 def frechet(a, b):
     """Frechet distance of features (N, F) and (M, F), each taken as a Gaussian."""
@@ -181,35 +161,33 @@ def draw(path, n):
 
 @lru_cache(1)  # for several runs on the same data
 def reference(dataset, data_dir, img_size, classes, background, inception, n):
-    """The images of a data set, the network that looks at them, and the features and labels that it finds."""
+    """The images of a data set, the network that looks at them, and what it finds in those that are held out."""
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    train = load_data(dataset, data_dir, img_size, classes, background)
-    if dataset in ["digits", "stacked-mnist", *TESTS]:
-        test, size = load_test(dataset, data_dir), train.images.shape[-1]
-        keep = torch.isin(test.labels, train.labels.unique())
-        test = Data(resize(test.images[keep], size), test.labels[keep])
-    elif inception:
-        train, test = Data(train.images[::2]), Data(train.images[1::2])
-    else:
-        raise Fault(f"{dataset} has no test images with labels: add --features inception.")
-    if inception:
-        net = Inception().to(device).eval()
-    elif dataset == "stacked-mnist":
-        digits, others = load_data("mnist", data_dir, size), load_test("mnist", data_dir)
-        others = others._replace(images=resize(others.images, size))
-        net = Stacked(load_classifier("mnist", digits, others, data_dir, device))
-    else:
-        net = load_classifier(dataset, train, test, data_dir, device)
-    real = SimpleNamespace(train=train.images, net=net, kinds=1000 if inception else int(train.labels.max()) + 1)
-    real.features, real.labels = extract(net, test.images)
-    real.labels = torch.arange(1000) if dataset == "stacked-mnist" else real.labels
-    real.some = train.images[torch.randperm(len(train.images), generator=torch.Generator().manual_seed(0))[:n]]
-    real.floor = frechet(extract(net, real.some)[0], real.features)
+    def load(name):  # train and test images, of one size and with the same labels
+        train = load_data(name, data_dir, img_size, classes, background)
+        if name in ["digits", "stacked-mnist", *TESTS]:
+            test, size = load_test(name, data_dir), train.images.shape[-1:] * 2
+            test = test._replace(images=interpolate(test.images.float(), size, mode="bilinear", antialias=True).round())
+            keep = torch.isin(test.labels, train.labels.unique())
+            return train, Data(test.images[keep].byte(), test.labels[keep])
+        if inception:
+            return Data(train.images[::2]), Data(train.images[1::2])
+        raise Fault(f"{name} has no test images with labels: add --features inception.")
+    train, test = load(dataset)
+    one = "mnist" if dataset == "stacked-mnist" else dataset  # what the classifier is trained on
+    eyes = load_inception().to(device) if inception else load_classifier(one, *load(one), data_dir, device)
+    some = train.images[torch.randperm(len(train.images), generator=torch.Generator().manual_seed(0))[:n]]
+    real = SimpleNamespace(train=train.images, eyes=eyes, some=some)
+    real.features, real.labels = extract(eyes, test.images)
+    if dataset == "stacked-mnist":
+        real.labels = torch.arange(1000)
+    real.kinds = 1000 if inception else int(train.labels.max()) + 1
+    real.floor = frechet(extract(eyes, some)[0], real.features)
     return real
 
 def score(images, epoch, real, rows, folder):
     """Measure images, put the row into rows, print it, and write score.csv and score.png, the curves over epochs."""
-    fake, labels = extract(real.net, images)
+    fake, labels = extract(real.eyes, images)
     shares = precision_recall(real.features[:10_000], fake[:10_000])
     row = [epoch, frechet(fake, real.features), real.floor, *kid(fake, real.features), *shares]
     rows.append([*row, *balance(labels, real.labels, real.kinds)])
@@ -266,7 +244,7 @@ def score_folder(folder, args):
         images = images.expand(-1, real.some.shape[1], -1, -1)
     if is_run or args.folders:
         score(images, epoch, real, rows, folder)
-        distances = torch.cdist(extract(real.net, images[:16])[0], extract(real.net, real.train)[0])  # (16, N)
+        distances = torch.cdist(extract(real.eyes, images[:16])[0], extract(real.eyes, real.train)[0])  # (16, N)
         nearest = real.train[distances.topk(3, largest=False).indices]  # (16, 3, C, H, W)
         imageio.imwrite(folder / "nearest.png", grid(torch.cat([images[:16, None], nearest], 1).flatten(0, 1)))
     if args.sanity:
