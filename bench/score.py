@@ -13,7 +13,8 @@ and kept in --data-dir: fd is a Frechet distance, but no FID. All is measured ag
 the classifier has seen; without labels, by --features inception, against half of the training images.
 
     fd, fd_floor       Frechet distance (Heusel et al. 2017, 1706.08500), and that of as many training images
-    kid, kid_se        unbiased squared MMD, kernel (x.y / d + 1)^3 (Binkowski et al. 2018, 1801.01401); standard error
+    kid, kid_se        unbiased squared MMD (Binkowski et al. 2018, 1801.01401), kernel (x.y / u + 1)^3, where u is the
+                       mean x.x of real images, in place of the number of features; and its standard error
     precision, recall  the share of samples as near to a real image as its 3rd neighbour is, and the reverse
                        (Kynkaanniemi et al. 2019, 1904.06991)
     kl, classes        divergence of the samples' classes from the test images' in nats; how many classes 1 sample in
@@ -121,11 +122,12 @@ def frechet(a, b):
     return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
 
 def kid(a, b, subsets=50, size=1000):
-    """Kernel distance of features (N, F) and (M, F), unbiased, over random subsets, and its standard error."""
+    """Kernel distance of features (N, F) and real (M, F), unbiased, over random subsets, and its standard error."""
     rng, found, size = torch.Generator().manual_seed(0), [], min(size, len(a), len(b))
+    unit = b.double().square().sum(1).mean()  # of products of features
     for _ in range(subsets):
         x, y = (s[torch.randperm(len(s), generator=rng)[:size]].double() for s in (a, b))
-        xx, yy, xy = ((p @ q.T / p.shape[1] + 1) ** 3 for p, q in ((x, x), (y, y), (x, y)))
+        xx, yy, xy = ((p @ q.T / unit + 1) ** 3 for p, q in ((x, x), (y, y), (x, y)))
         found.append((((xx.sum() - xx.trace()) + (yy.sum() - yy.trace())) / (size * (size - 1)) - 2 * xy.mean()).item())
     return float(np.mean(found)), float(np.std(found, ddof=1) / math.sqrt(subsets))
 
