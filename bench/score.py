@@ -7,7 +7,7 @@
     python bench/score.py some/folder/of/pngs --dataset mnist  # pictures from anywhere
     python bench/score.py --sanity --dataset mnist             # real images, blurred ones and noise
 
-Writes score.csv, score.png and nearest.png (in each row a sample and the three training images nearest to it) into the
+Writes score.csv, score.png and nearest.png (16 samples, each before the three training images nearest to it) into the
 folder. Features are the last hidden layer of a small classifier, trained once for each data set on its labels, seeded,
 and kept in --data-dir: fd is a Frechet distance, but no FID. All is measured against test images, which neither G nor
 the classifier has seen; without labels, by --features inception, against half of the training images.
