@@ -109,7 +109,7 @@ def save_gif(path, frames, duration):
 
 def save_history(out):
     """samples.gif: the grids in out/samples by their steps, 60 of them at most, the last one held."""
-    paths = sorted(out.glob("samples/*.png"), key=lambda path: int(path.stem))
+    paths = sorted(out.glob("samples/[0-9]*.png"), key=lambda path: int(path.stem))
     save_gif(out / "samples.gif", [imageio.imread(p) for p in paths[:: len(paths) // 60 + 1] + paths[-1:] * 10], 200)
 
 def render_digits(n, seed):

@@ -355,8 +355,8 @@ def train(args, run):
         error = run["cluster_error"]
         log += [row for row in (out / "log.csv").read_text().splitlines()[1:] if int(row.split(",")[1]) <= step]
     else:
-        for file in [*out.glob("checkpoint.pt"), *out.glob("samples/*.png"), *out.glob("generators/*.pt")]:
-            file.unlink()  # of the run that --overwrite replaces
+        for name in ["checkpoint.pt", "samples/*.png", "generators/*.pt"] * args.overwrite:  # of the run replaced
+            list(map(Path.unlink, sorted(out.glob(name))))
         (out / "samples").mkdir(parents=True, exist_ok=True)
         imageio.imwrite(out / "real.png", grid(images[:: len(images) // 64 or 1][:64].cpu()))
         imageio.imwrite(out / "samples" / "000000.png", grid(sample(G, z_fixed)))

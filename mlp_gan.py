@@ -11,15 +11,15 @@ D's logit, -D(G(z)): G learns nothing. That of -log D is D(G(z)) - 1, near -1. A
 x is: D(x) = D(G(z)) = 1/2, loss_d = 2 ln 2 = 1.386, acc_real = acc_fake = 50 %. In practice D stays ahead.
     python mlp_gan.py                           # the built-in digits, no download
     python mlp_gan.py --dataset mnist --epochs 20
-What breaks it: batch norm, in every block of both networks. What mends it: dropout in its place.
+What breaks it: batch norm in every block of both networks, and no dropout. What mends it: dropout in its place.
     python mlp_gan.py --dataset mnist --epochs 20 --img-size 64 --hidden 512 512 512 --norm batch --dropout 0 --out bn
     python mlp_gan.py --dataset mnist --epochs 20 --img-size 64 --hidden 512 512 512 --norm dropout --out dropout
 Batch norm is said to keep both terms of loss_d at ln 2. We saw D win at once: after epoch 3 D(G(z)) < 0.01, the
 gradients of D's last layer (gradients.png) fall from 1e-3 to 1e-5, and all samples are the same noise. With dropout
-they stay near 0.3, loss_d falls from 1.4 to 0.8, and all ten digits appear.
+these gradients stay near 0.3, loss_d falls from 1.4 to 0.8, and all ten digits appear.
 
-Where this differs from the paper: LeakyReLU, not ReLU in G and maxout in D; Adam, not momentum; z is normal; G ends in
-tanh, not sigmoid; samples from an average of G's weights (--ema 0: from G)."""
+Where this differs from the paper: LeakyReLU, not ReLU in G and maxout in D; Adam, not momentum; z is normal, and the
+same in the G step as in the D step; G ends in tanh, not sigmoid; samples from an average of G (--ema 0: from G)."""
 import argparse
 import json
 import math
@@ -57,11 +57,11 @@ def blocks(sizes, norm, dropout):
         yield from (nn.Linear(size_in, size_out), *batch_norm, nn.LeakyReLU(0.2, True), nn.Dropout(dropout))
 
 def discriminator_loss(logits_real, logits_fake, smoothing=0.0):
-    """-log D(x) - log(1 - D(G(z))): -log sigmoid(l) = softplus(-l), and -log(1 - sigmoid(l)) = softplus(l)."""
+    """-log D(x) - log(1 - D(G(z))): -log sigmoid(l) = softplus(-l), -log(1 - sigmoid(l)) = softplus(-l) + l."""
     return (softplus(-logits_real) + smoothing * logits_real).mean() + softplus(logits_fake).mean()
 
 def generator_loss(logits_fake, loss="nonsaturating"):
-    """-log D(G(z)) = softplus(-l); or minimax, log(1 - D(G(z))) = -softplus(l), with slope -D(G(z)): flat at 0."""
+    """-log D(G(z)) = softplus(-l); or minimax, log(1 - D(G(z))) = -softplus(l), with slope -D(G(z))."""
     return softplus(-logits_fake).mean() if loss == "nonsaturating" else -softplus(logits_fake).mean()
 
 def number(kind, low, high=math.inf):
@@ -154,7 +154,7 @@ def build(args):
     return Generator(args.latent_dim, *shape, dropout if args.norm == "dropout" else 0), Discriminator(*shape, dropout)
 
 def save_plots(out, gradients):
-    """losses.png: the curves of log.csv; gradients.png: how large those of D's last layer were, (epochs, weights)."""
+    """losses.png: the curves of log.csv; gradients.png: the gradients of D's last layer, (epochs, weights), by size."""
     log = np.atleast_1d(np.genfromtxt(out / "log.csv", delimiter=",", names=True))
     figure, n = Figure(figsize=(13, 3.8), layout="constrained"), len(log) // 40 + 1  # rows in the running mean
     panels = figure.subplots(1, 3)
@@ -212,8 +212,8 @@ def train(args, run):
         torch.set_rng_state(run["rng"])
         log += [row for row in (out / "log.csv").read_text().splitlines()[1:] if int(row.split(",")[1]) <= step]
     else:
-        for file in [*out.glob("checkpoint.pt"), *out.glob("samples/*.png"), *out.glob("generators/*.pt")]:
-            file.unlink()  # of the run that --overwrite replaces
+        for name in ["checkpoint.pt", "samples/*.png", "generators/*.pt"] * args.overwrite:  # of the run replaced
+            list(map(Path.unlink, sorted(out.glob(name))))
         (out / "samples").mkdir(parents=True, exist_ok=True)
         imageio.imwrite(out / "real.png", grid(images[:: len(images) // 64 or 1][:64].cpu()))
         imageio.imwrite(out / "samples" / "000000.png", grid(sample(G, z_fixed)))
@@ -230,7 +230,7 @@ def train(args, run):
             # (1) D step: maximise log D(x) + log(1 - D(G(z)))
             D.requires_grad_(True)
             for index in epoch_order(len(images), batch_size * args.d_steps, args.seed, epoch)[i].split(batch_size):
-                x_real = to_batch(images, index, device)  # (B, C, H, W), new ones d_steps times
+                x_real = to_batch(images, index, device)  # (B, C, H, W) in [-1, 1], new ones d_steps times
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     x_fake = G(torch.randn(batch_size, args.latent_dim, device=device))  # kept for the G step
                     logits_real, logits_fake = D(x_real).float(), D(x_fake.detach()).float()  # no way to G

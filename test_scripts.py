@@ -285,6 +285,13 @@ def test_a_run_never_writes_over_another(script, pictures, capsys):
     assert [path.stem for path in sorted(Path("r/samples").iterdir())] == ["000000", "000001", "000002", "000003"]
 
 
+def test_nothing_that_is_not_of_a_run_is_deleted(script, pictures):
+    Path("r/samples").mkdir(parents=True)
+    Path("r/samples/cat.png").write_bytes(b"mine")
+    assert run_on_pictures(script, pictures, "r", "--max-steps", 1) == 0
+    assert Path("r/samples/cat.png").read_bytes() == b"mine"
+
+
 def test_ctrl_c_finishes_the_step_saves_and_can_be_resumed(script, pictures, monkeypatch):
     run_on_pictures(script, pictures, "whole", "--epochs", 2)
     calls, generator_loss = [], script.generator_loss
