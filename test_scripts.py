@@ -1739,9 +1739,9 @@ def test_frechet_distance_of_gaussians_has_its_closed_form():
 def test_kid_of_a_set_against_itself_is_about_zero():
     rng = torch.Generator().manual_seed(0)
     a, b = torch.randn(2, 4000, 8, generator=rng)
-    mean, error = score.kid(a, b, subsets=20)
+    mean, error = score.kid(a, b, blocks=20)
     assert abs(mean) < 5 * error + 0.01
-    assert score.kid(a, b + 1, subsets=20)[0] > 20 * abs(mean)
+    assert score.kid(a, b + 1, blocks=20)[0] > 20 * abs(mean)
 
 
 def test_precision_and_recall():
@@ -1850,10 +1850,28 @@ def test_score_without_labels_asks_for_inception_and_says_where_its_weights_are_
     assert float(scores("r")[0]["fd"]) > 0
 
 
-def test_score_says_what_it_cannot_score(tmp_path, capsys):
-    assert "--dataset" in refusal(capsys, score.main([str(tmp_path)]), [1])
-    (tmp_path / "checkpoint.pt").write_bytes(b"damaged")
-    assert "checkpoint.pt" in refusal(capsys, score.main([str(tmp_path)]), [1])
+def test_score_says_what_it_cannot_score(few_digits, tmp_path, capsys):
+    assert "name a run" in refusal(capsys, score.main([]), [1])
+    assert "--dataset" in refusal(capsys, score.main(["empty"]), [1])
+    run(mlp_gan, "--max-steps", 1, "--out", "r")
+    capsys.readouterr()
+    assert "--snapshot-every" in refusal(capsys, score.main(["r", "--watch"]), [1])
+    assert "4 pictures" in refusal(capsys, score.main(["r", "--samples", "3"]), [1])
+    Path("r/checkpoint.pt").write_bytes(b"damaged")
+    assert "checkpoint.pt" in refusal(capsys, score.main(["r"]), [1])
+
+
+def test_score_of_a_folder_does_not_read_its_own_pictures_and_makes_colours_grey(few_digits):
+    Path("p").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        Image.fromarray(rng.integers(0, 256, (28, 28, 3), np.uint8)).save(f"p/{i}.png")
+    assert score.main(["p", "--dataset", "digits"]) == 0
+    first = scores("p")
+    Image.new("RGB", (9, 9)).save("p/score.png")
+    assert Path("p/nearest.png").exists()
+    assert score.main(["p", "--dataset", "digits"]) == 0
+    assert scores("p") == first
 
 
 def test_the_classifier_of_stacked_digits_reads_each_channel():
@@ -1862,7 +1880,9 @@ def test_the_classifier_of_stacked_digits_reads_each_channel():
     digit.weight.data = torch.linspace(-1, 1, 10)[:, None]  # the digit of nearest brightness has the highest logit
     digit.bias.data = -digit.weight.data.squeeze(1) ** 2 / 2
     images = torch.tensor([[3, 0, 7], [9, 9, 1]])[:, :, None, None].expand(-1, -1, 4, 4) * 255 // 9
-    features, labels = score.extract(score.Eyes(1, brightness, digit), images.byte())
+    eyes = nn.Sequential(brightness, digit)
+    eyes.channels = 1
+    features, labels = score.extract(eyes, images.byte())
     assert features.shape == (2, 3)
     assert labels.tolist() == [307, 991]
 

@@ -5,19 +5,19 @@
     python bench/speed.py --scripts  # the first table alone
     python bench/speed.py --data     # the second alone
 
-First table. The script runs as it is, main() and all, on random pictures; files are not written, samples not drawn. The
+First table. The script runs as it is, main() and all, on random pictures; samples, plots and checkpoints are not made. The
 time of a step is that from one G loss to the next, after a few. The plain loop has the same networks, losses and batch,
-written as tutorials write it: contiguous float32, two backward passes for D, D's weight gradients in the G step, G's
-graph in the D step, PyTorch's default Adam, and a batch that lies ready. The bound is the forward and backward passes
-alone, in the script's layout and precision, on fixed z and x: no optimiser, noise or logging. The optimisers are timed
-apart. All of a row are timed in turn in one process, for several rounds; ratios are taken round by round, and shown as
-their median and range: machines are noisy.
+written as tutorials write it: contiguous float32, a backward pass for each of D's losses, D's weight gradients in the G
+step, G's graph in the D step, PyTorch's default Adam, and a batch that lies ready. The bound is the forward and backward
+passes alone, in the script's layout and precision, on fixed z and x: no optimiser, noise or logging. The optimisers are
+timed apart. All of a row are timed in turn in one process, for several rounds; ratios are taken round by round, and
+shown as their median and range: machines are noisy.
 
-Second table. dcgan.py on N pictures of 28x28, resident and in a memory-mapped file, each in a process of its own.
+Second table. dcgan.py on N pictures of 28x28, resident and in a memory-mapped file, each in a process of its own;
+the file has just been written, and lies in memory if there is room. Linux only.
 """
 import argparse
 import importlib
-import resource
 import subprocess
 import sys
 import tempfile
@@ -64,7 +64,8 @@ def run_script(script, flags, data, steps):
         stack.enter_context(patch.object(script, "load_data", lambda *_: data))
         stack.enter_context(patch.object(script, "grid", lambda *_: np.zeros((8, 8, 3), np.uint8)))
         stack.enter_context(patch.object(script, "sample", lambda *_: None))
-        script.main([*flags, "--max-steps", str(steps + WARM), "--out", f"{out}/run"])
+        if script.main([*flags, "--device", "cpu", "--max-steps", str(steps + WARM), "--out", f"{out}/run"]):
+            raise RuntimeError(f"{script.__name__} {flags} did not run")
     return (times[-1] - times[WARM - 1]) / (len(times) - WARM), given[0]
 
 def losses(script, args):
@@ -112,6 +113,7 @@ def plain_step(G, D, opt_g, opt_d, x, new_z, loss_d, loss_g, critic_steps):
 
 def bound_step(G, D, x, z, loss_d, loss_g, critic_steps, cast):
     """The forward and backward passes of a step of the script, and nothing else."""
+    G.zero_grad(), D.zero_grad()
     D.requires_grad_(True)
     for _ in range(critic_steps):
         with cast(), torch.no_grad() if critic_steps > 1 else nullcontext():
@@ -134,7 +136,7 @@ def seconds(step, steps):
     return (time.perf_counter() - started) / steps
 
 def measure(name, flags, data, steps, rounds):
-    """For each precision, lists over the rounds: plain / script, script / bound, Adam / script; images a second."""
+    """For each precision, lists over the rounds: plain / script, script / bound, Adam / bound; images a second."""
     script, found = importlib.import_module(name), {}
     for _ in range(rounds):
         for precision in ("bf16", "fp32"):
@@ -148,6 +150,8 @@ def measure(name, flags, data, steps, rounds):
             loss_d, loss_g = losses(script, args)
             if precision == "bf16":
                 G, D = script.build(args)
+                if hasattr(G, "layers"):  # the script's G lies channels last from its first layer on
+                    G.layers.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
                 adam = [torch.optim.Adam(net.parameters(), 1e-4, (0.5, 0.9)) for net in (G, D)]
                 parts = (G, D, *adam, x, new_z, loss_d, loss_g, rest)
                 plain = seconds(lambda: plain_step(*parts), steps)  # noqa: B023
@@ -156,17 +160,17 @@ def measure(name, flags, data, steps, rounds):
             cast = lambda: torch.autocast("cpu", torch.bfloat16, enabled=bf16)  # noqa: B023, E731
             bound = seconds(lambda: bound_step(G, D, x, z, loss_d, loss_g, rest, cast), steps)  # noqa: B023
             D.requires_grad_(True)
-            sum(loss.sum() for loss in loss_d(D, x, G(z).detach())).backward()
-            fused = [torch.optim.Adam(net.parameters(), 1e-4, fused=True) for net in (G, *[D] * rest)]
-            adam_took = seconds(lambda: [opt.step() for opt in fused], steps)  # noqa: B023
-            row = plain / took, took / bound, adam_took / took, batch * rest / took
+            sum(loss_d(D, x, G(z).detach())).backward()
+            adam_g, adam_d = (torch.optim.Adam(net.parameters(), 1e-4, fused=True) for net in (G, D))
+            adam_took = seconds(lambda: [opt.step() for opt in (adam_g, *[adam_d] * rest)], steps)  # noqa: B023
+            row = plain / took, took / bound, adam_took / bound, batch * rest / took
             for column, value in zip(found.setdefault(precision, [[], [], [], []]), row, strict=True):
                 column.append(value)
     return found
 
 def table_of_scripts(rounds, shorter):
     """One row a script and precision."""
-    print("| script | precision | images/s | faster than a plain loop | time over the bound | of it Adam |")
+    print("| script | precision | images/s | faster than a plain loop | time over the bound | Adam alone |")
     print("| --- | --- | --- | --- | --- | --- |")
     data = Data(torch.randint(256, (60_000 // shorter, 1, 28, 28), dtype=torch.uint8))
     for title, (name, flags, steps) in ROWS.items():
@@ -178,16 +182,17 @@ def table_of_scripts(rounds, shorter):
 
 def measure_size(n, kind, steps):
     """Seconds of a step of dcgan.py on n pictures, and the peak memory of this process in MB."""
-    block = torch.randint(256, (1000, 1, 28, 28), dtype=torch.uint8).numpy()
+    block, shape = torch.randint(256, (1000, 1, 28, 28), dtype=torch.uint8).numpy(), (n, 1, 28, 28)
     with tempfile.TemporaryDirectory() as folder:
-        shape = (n, 1, 28, 28)
-        file, mapped = f"{folder}/data", kind == "mapped"
-        array = np.memmap(file, np.uint8, "w+", 0, shape) if mapped else np.empty(shape, np.uint8)
-        for start in range(0, n, 1000):
-            array[start : start + 1000] = block
-        array = np.memmap(file, np.uint8, "c", 0, shape) if mapped else array
+        with open(f"{folder}/data", "wb") as file:  # not through a map: its pages would count as this process's
+            file.writelines([block] * (n // 1000))
+        if kind == "mapped":
+            array = np.memmap(f"{folder}/data", np.uint8, "c", 0, shape)
+        else:
+            array = np.fromfile(f"{folder}/data", np.uint8).reshape(shape)
         took, _ = run_script(importlib.import_module("dcgan"), [], Data(torch.from_numpy(array)), steps)
-    return took, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return took, int(peak.split()[1]) / 1024
 
 def table_of_sizes(rounds, shorter):
     """One row a size; each figure is the median of the rounds."""
