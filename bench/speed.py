@@ -5,16 +5,16 @@
     python bench/speed.py --scripts  # the first table alone
     python bench/speed.py --data     # the second alone
 
-First table. The script runs as it is, main() and all, on random pictures; samples, plots and checkpoints are not made. The
-time of a step is that from one G loss to the next, after a few. The plain loop has the same networks, losses and batch,
-written as tutorials write it: contiguous float32, a backward pass for each of D's losses, D's weight gradients in the G
-step, G's graph in the D step, PyTorch's default Adam, and a batch that lies ready. The bound is the forward and backward
-passes alone, in the script's layout and precision, on fixed z and x: no optimiser, noise or logging. The optimisers are
-timed apart. All of a row are timed in turn in one process, for several rounds; ratios are taken round by round, and
-shown as their median and range: machines are noisy.
+First table. The script runs as it is, main() and all, on random pictures; samples, plots and checkpoints are not made.
+The time of a step is that from one G loss to the next, after a few. The plain loop has the same networks, losses and
+batch, written as tutorials write it: contiguous float32, a backward pass for each of D's losses, D's weight gradients
+in the G step, G's graph in the D step, PyTorch's default Adam, and a batch that lies ready. The bound is the forward
+and backward passes alone, in the script's layout and precision, on fixed z and x: no optimiser, noise or logging. The
+optimisers are timed apart. All of a row are timed in turn in one process, for several rounds; ratios are taken round
+by round, and shown as their median and range: machines are noisy.
 
-Second table. dcgan.py on N pictures of 28x28, resident and in a memory-mapped file, each in a process of its own;
-the file has just been written, and lies in memory if there is room. Linux only.
+Second table. dcgan.py on N pictures of 28x28, resident and in a memory-mapped file, each in a process of its own; the
+file has just been written, and lies in memory if there is room. Linux only.
 """
 import argparse
 import importlib
