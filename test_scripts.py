@@ -1002,7 +1002,35 @@ def test_a_critic_without_slope_gives_finite_gradients():
     flat = wgan_gp.Critic(8, 1, [4, 4])
     nn.init.zeros_(flat.score.weight)
     wgan_gp.gradient_penalty(flat, *torch.randn(2, 8, 1, 8, 8)).backward()
-    assert all(torch.isfinite(p.grad).all() for p in flat.parameters())
+    assert flat.score.weight.grad is not None
+    assert all(torch.isfinite(p.grad).all() for p in flat.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("slope", [0, 0.2])
+def test_leaky_relu_is_that_of_torch_but_for_zeros_in_the_second_derivative(slope):
+    x = torch.tensor([-2.0, -0.5, 0.5, 3.0]).requires_grad_()
+    assert torch.allclose(wgan_gp.LeakyReLU(slope)(x), nn.LeakyReLU(slope)(x))
+    for dtype in (torch.float32, torch.bfloat16):
+        y = wgan_gp.LeakyReLU(slope)(x.to(dtype))
+        assert y.dtype == dtype
+        assert torch.allclose(y.float(), nn.LeakyReLU(slope)(x), rtol=0.01)
+    (gradient,) = torch.autograd.grad(wgan_gp.LeakyReLU(slope)(x).sum(), x, create_graph=True)
+    assert torch.allclose(gradient, torch.tensor([slope, slope, 1.0, 1.0]))
+    assert not gradient.requires_grad  # it does not depend on x
+
+
+@pytest.mark.parametrize("arch", ["conv", "resnet"])
+def test_the_penalty_has_the_gradients_that_it_has_with_the_leaky_relu_of_torch(monkeypatch, arch):
+    torch.manual_seed(0)
+    D, x = wgan_gp.Critic(8, 1, [4, 8], arch=arch), torch.randn(2, 6, 1, 8, 8)
+    found = []
+    for forward in (wgan_gp.LeakyReLU.forward, nn.LeakyReLU.forward):
+        monkeypatch.setattr(wgan_gp.LeakyReLU, "forward", forward)
+        D.zero_grad()
+        torch.manual_seed(1)
+        wgan_gp.gradient_penalty(D, *x).backward()
+        found.append([torch.zeros(()) if p.grad is None else p.grad for p in D.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found, strict=True))
 
 
 def test_wgan_losses_against_hand_computed_numbers():

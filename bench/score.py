@@ -21,7 +21,6 @@ G nor the classifier has seen; without labels, by --features inception, against 
                        100 has. For stacked-mnist: from uniform; how many of 1,000 modes any of 26,000 samples has
 """
 import argparse
-import csv
 import importlib
 import json
 import sys
@@ -81,25 +80,26 @@ def load_inception():
     eyes.channels = 3
     return eyes
 
-def load_classifier(name, train, data_dir, device):
-    """The classifier of a data set, from its cache or trained for 4 epochs."""
-    cache, channels = Path(data_dir) / f"score-{name}-{train.images.shape[-1]}.pt", train.images.shape[1]
+def load_classifier(dataset, data_dir, img_size, device):
+    """The classifier of a data set, of all its classes, from its cache or trained for 4 epochs."""
+    images, labels, _ = load_data(dataset, data_dir, img_size)
+    cache, channels = Path(data_dir) / f"score-{dataset}-{images.shape[-1]}.pt", images.shape[1]
     torch.manual_seed(0)
     layers = [nn.Conv2d(channels, 32, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(32, 64, 3, 1, 1), nn.ReLU()]
     layers += [nn.AdaptiveMaxPool2d(7), nn.Flatten(), nn.Linear(3136, 128), nn.ReLU()]
-    eyes = nn.Sequential(nn.Sequential(*layers), nn.Linear(128, int(train.labels.max()) + 1)).to(device)
+    eyes = nn.Sequential(nn.Sequential(*layers), nn.Linear(128, int(labels.max()) + 1)).to(device)
     eyes.channels = channels
     try:
         eyes.load_state_dict(torch.load(cache, map_location=device, weights_only=True))
     except Exception:  # not there, or damaged
-        print(f"Training the classifier of {name}, once", flush=True)
+        print(f"Training the classifier of {dataset}, once", flush=True)
         optimiser = torch.optim.Adam(eyes.parameters(), 1e-3, fused=True)
         for epoch in range(4):
             optimiser.param_groups[0]["lr"] = 1e-3 / 3**epoch
-            for index in epoch_order(len(train.images), min(128, len(train.images)), 0, epoch):
-                logits = eyes(to_batch(train.images, index, device))
+            for index in epoch_order(len(images), min(128, len(images)), 0, epoch):
+                logits = eyes(to_batch(images, index, device))
                 optimiser.zero_grad()
-                cross_entropy(logits, train.labels[index].to(device)).backward()
+                cross_entropy(logits, labels[index].to(device)).backward()
                 optimiser.step()
         save_atomically(cache, eyes.state_dict())
     return eyes
@@ -168,8 +168,7 @@ def reference(dataset, data_dir, img_size, classes, background, inception):
     else:
         raise Fault(f"{dataset} has no test images with labels: add --features inception.")
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    everything = load_data(one, data_dir, img_size) if not inception else None  # without --classes
-    real.eyes = load_inception().to(device) if inception else load_classifier(one, everything, data_dir, device)
+    real.eyes = load_inception().to(device) if inception else load_classifier(one, data_dir, img_size, device)
     real.seen, (real.features, real.labels) = extract(real.eyes, train.images)[0], extract(real.eyes, images)
     real.classes = 1000 if dataset == "stacked-mnist" else real.eyes[1].out_features
     if not inception:
@@ -189,8 +188,7 @@ def score(images, epoch, real, rows, folder):
     rows.append([*row, *precision_recall(real.features[:n], fake[:n]), *balance(labels, real.labels, real.classes)])
     table = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row] for row in rows]
     print(folder, *(f"{name} {value}" for name, value in zip(COLUMNS, table[-1], strict=True)), sep="  ", flush=True)
-    with open(folder / "score.csv", "w", newline="") as file:
-        csv.writer(file).writerows([COLUMNS, *table])
+    (folder / "score.csv").write_text("".join(",".join(row) + "\n" for row in [COLUMNS, *table]))
     curves = np.array(sorted(row for row in rows if not isinstance(row[0], str)), float).reshape(-1, len(COLUMNS)).T
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     panels = {"Frechet distance: lower is better": [1, 2], "Kernel distance: lower is better": [3]}
@@ -202,24 +200,10 @@ def score(images, epoch, real, rows, folder):
     if curves.size:
         figure.savefig(folder / "score.png", dpi=100)
 
-def parse_args(argv=None):
-    """The flags."""
-    parser = argparse.ArgumentParser(description="Score the samples of runs, or any folders of pictures.")
-    add = parser.add_argument
-    add("folders", nargs="*", type=Path, help="runs, or folders of pictures to compare with --dataset")
-    add("--dataset", help="of the real images (that of the run)")
-    add("--data-dir", help="where these are (where the run had it; else data)")
-    add("--samples", type=int, help="how many (10,000; of stacked-mnist 26,000)")
-    add("--features", choices=["classifier", "inception"], default="classifier", help="inception: of ImageNet")
-    add("--snapshots", action="store_true", help="score each of generators/*.pt too, and name the best")
-    add("--watch", action="store_true", help="score each of generators/*.pt as it comes, to Ctrl-C")
-    add("--sanity", action="store_true", help="score real images, the same blurred by a 3x3 mean, and noise")
-    return parser.parse_args(argv)
-
 def score_folder(folder, args):
     """Score what the flags name, in this folder. Returns the row of the run or of the pictures. Raises Fault."""
-    rows, done, is_run, images = [], set(), (folder / "args.json").exists(), None
-    flags = json.loads((folder / "args.json").read_text()) if is_run else {}
+    rows, done, facts = [], set(), folder / "args.json"
+    flags = json.loads(facts.read_text()) if facts.exists() else {}
     dataset, data_dir = args.dataset or flags.get("dataset"), args.data_dir or flags.get("data_dir", "data")
     if not dataset:
         raise Fault(f"{folder} holds no run: name another, or say with --dataset what to compare with.")
@@ -235,13 +219,11 @@ def score_folder(folder, args):
         if not args.watch:
             break
         time.sleep(5)
-    if is_run:
-        images, epoch = draw(folder / "checkpoint.pt", n)
-    elif args.folders:
-        for name in ("score.png", "nearest.png"):  # of the last time: they would be read as samples
-            (folder / name).unlink(missing_ok=True)
-        images, epoch = load_folder("folder", folder, real.train.shape[-1], (255, 255, 255)).images, "pictures"
-    if images is not None:
+    if args.folders:
+        for path in (folder / "score.png", folder / "nearest.png"):  # of the last time: they would be read as samples
+            path.unlink(missing_ok=True)
+        pictures = None if flags else load_folder("folder", folder, real.train.shape[-1], (255, 255, 255)).images
+        images, epoch = draw(folder / "checkpoint.pt", n) if flags else (pictures, "pictures")
         grey = real.train.shape[1] == 1
         images = images.float().mean(1, True).round().byte() if grey else images.expand(-1, 3, -1, -1)
         score(images, epoch, real, rows, folder)
@@ -260,8 +242,18 @@ def score_folder(folder, args):
 
 def main(argv=None):
     """Run the script. Returns the exit code, 1 for a fault, told in one sentence."""
+    parser = argparse.ArgumentParser(description="Score the samples of runs, or any folders of pictures.")
+    add = parser.add_argument
+    add("folders", nargs="*", type=Path, help="runs, or folders of pictures to compare with --dataset")
+    add("--dataset", help="of the real images (that of the run)")
+    add("--data-dir", help="where these are (where the run had it; else data)")
+    add("--samples", type=int, help="how many (10,000; of stacked-mnist 26,000)")
+    add("--features", choices=["classifier", "inception"], default="classifier", help="inception: of ImageNet")
+    add("--snapshots", action="store_true", help="score each of generators/*.pt too, and name the best")
+    add("--watch", action="store_true", help="score each of generators/*.pt as it comes, to Ctrl-C")
+    add("--sanity", action="store_true", help="score real images, the same blurred by a 3x3 mean, and noise")
+    args = parser.parse_args(argv)
     try:
-        args = parse_args(argv)
         if not (args.folders or args.sanity):
             raise Fault("name a run or a folder of pictures, or add --sanity.")
         ends = [score_folder(folder, args) for folder in args.folders or [Path()]]

@@ -29,6 +29,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -152,6 +153,8 @@ def measure(name, flags, data, steps, rounds):
                 G, D = script.build(args)
                 if hasattr(G, "layers"):  # the script's G lies channels last from its first layer on
                     G.layers.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+                for layer in [*G.modules(), *D.modules()] if name == "wgan_gp" else ():
+                    layer.__class__ = nn.LeakyReLU if isinstance(layer, script.LeakyReLU) else layer.__class__
                 adam = [torch.optim.Adam(net.parameters(), 1e-4, (0.5, 0.9)) for net in (G, D)]
                 parts = (G, D, *adam, x, new_z, loss_d, loss_g, rest)
                 plain = seconds(lambda: plain_step(*parts), steps)  # noqa: B023
