@@ -118,11 +118,9 @@ def draw_codes(n, sizes, continuous, device="cpu"):
     return torch.cat([*categories, 2 * torch.rand(n, continuous, device=device) - 1], 1)
 
 def augment(x, strength):
-    """Each picture of x (B, C, H, W) scaled, slanted, turned and shifted at random; differentiable."""
+    """x (B, C, H, W), each picture scaled, slanted, turned and shifted at random; differentiable."""
     maps = torch.eye(2, 3, device=x.device) + strength * (2 * torch.rand(len(x), 2, 3, device=x.device) - 1)
-    places = affine_grid(maps, x.shape, align_corners=False)  # (B, H, W, 2)
-    x = grid_sample(x.float(), places, padding_mode="border", align_corners=False)
-    return x.contiguous(memory_format=torch.channels_last)
+    return grid_sample(x.float(), affine_grid(maps, x.shape, False), padding_mode="border", align_corners=False)
 
 def best_matching(table):
     """How many pictures of table (categories, labels), a list of lists, fit the best one-to-one matching, and the label
@@ -228,34 +226,31 @@ def build(args):
 def measure(D, data, held_out, args, device):
     """The error of the first categorical code as a classifier of the pictures at held_out; nan if they have no labels.
     Draws factors.png: the table of categories and labels, and what the continuous codes have to do with the factors."""
-    first, n_cat = args.categorical[0], sum(args.categorical)
-    n = max(first, data.labels.max().item() + 1) if data.labels is not None else math.inf
+    size, n_cat = args.categorical[0], sum(args.categorical)
+    n = max(size, data.labels.max().item() + 1) if data.labels is not None else math.inf
     if n > 16:  # there are 2^n sets of labels
         return math.nan
     D.eval()
     with torch.no_grad():
         guesses = torch.cat([D(to_batch(data.images, i, device))[1].cpu() for i in held_out.split(500)])
     D.train()
-    table = torch.bincount(guesses[:, :first].argmax(1) * n + data.labels[held_out], minlength=n * n).view(n, n)
+    categories, means = guesses[:, :size].argmax(1), guesses[:, n_cat : n_cat + args.continuous]  # (N,), (N, C)
+    table = torch.bincount(categories * n + data.labels[held_out], minlength=n * n).view(n, n)
     fit, labels = best_matching(table.tolist())
-    error, rows = 1 - fit / len(held_out), [f"category {category} = {labels[category]}" for category in range(first)]
-    maps = [(f"Held-out pictures by label: error {error:.1%}", table[:first].numpy(), rows, range(n))]
+    error = 1 - fit / len(held_out)
+    rows = [f"category {category} = {label}" for category, label in enumerate(labels[:size])]
+    maps = {f"Held-out pictures by label: error {error:.1%}": (table[:size].numpy(), rows, range(n))}
     if data.factors and args.continuous:
-        means = guesses[:, n_cat : n_cat + args.continuous]  # (N, C)
         columns = torch.stack([*means.T, *(factor[held_out] for factor in data.factors.values())])  # (C + F, N)
-        ranks = columns.argsort(1).argsort(1).float()
-        r = torch.corrcoef(ranks).abs()[: args.continuous, args.continuous :].numpy()  # (C, F)
-        rows = [f"code {c + 1}" for c in range(args.continuous)]
-        maps.append(("|Rank correlation| of Q's mean and the factor", r, rows, data.factors))
+        r = columns.argsort(1).argsort(1).float().corrcoef().abs()[: args.continuous, args.continuous :]  # (C, F)
+        rows = [f"code {code + 1}" for code in range(args.continuous)]
+        maps["|Rank correlation| of Q's mean and the factor"] = r.numpy(), rows, list(data.factors)
     figure = Figure(figsize=(7 * len(maps) + 1, 4.5), layout="constrained")
-    for number, (title, values, rows, columns) in enumerate(maps, 1):
-        axes = figure.add_subplot(1, len(maps), number)
+    for axes, (title, (values, rows, columns)) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps.items()):
         axes.imshow(values, cmap="Blues", aspect="auto")
-        axes.set(title=title, xticks=range(len(columns)), xticklabels=columns)
-        axes.set_yticks(range(len(rows)), rows)
+        axes.set(title=title, xticks=range(len(columns)), xticklabels=columns, yticks=range(len(rows)), yticklabels=rows)
         for (row, column), value in np.ndenumerate(values):
-            text, dark = f"{value:.2f}" if value.dtype.kind == "f" else f"{value}", 2 * value > values.max()
-            axes.text(column, row, text, ha="center", color="white" if dark else "black")
+            axes.text(column, row, f"{value:.3g}", ha="center", color="white" if 2 * value > values.max() else "black")
     figure.savefig(Path(args.out) / "factors.png", dpi=100)
     return error
 
@@ -350,9 +345,8 @@ def train(args, run):
     if run:
         for name, part in parts.items():
             part.load_state_dict(run[name])
-        step, z_fixed = run["step"], run["z_fixed"].to(device)
+        step, z_fixed, error = run["step"], run["z_fixed"].to(device), run["cluster_error"]
         torch.set_rng_state(run["rng"])
-        error = run["cluster_error"]
         log += [row for row in (out / "log.csv").read_text().splitlines()[1:] if int(row.split(",")[1]) <= step]
     else:
         for name in ["checkpoint.pt", "samples/*.png", "generators/*.pt"] * args.overwrite:  # of the run replaced
@@ -364,12 +358,10 @@ def train(args, run):
     (out / "log.csv").write_text("\n".join(log) + "\n")  # without what a killed run logged after its checkpoint
     (out / "args.json").write_text(json.dumps(vars(args) | facts, indent=2) + "\n")
     print(f"{len(images):,} pictures {tuple(images.shape[1:])}, parameters {numbers}, {facts['on']}, {out}", flush=True)
-    def judge(x):  # D and Q, which has to guess the categories of the first half of the pictures from distorted ones
-        logits, guesses = D(x)
+    def judge(x):  # D and Q, which has to guess the categories of the first half of x from distorted pictures
+        (logits, guesses), half = D(x), max(2, batch_size // 2)
         if args.augment:
-            distorted = D(augment(x[: max(2, batch_size // 2)], args.augment))[1]
-            categories = torch.cat([distorted, guesses[len(distorted) :]])[:, : sum(sizes)]
-            guesses = torch.cat([categories, guesses[:, sum(sizes) :]], 1)
+            guesses[:half, : sum(sizes)] = D(augment(x[:half], args.augment))[1][:, : sum(sizes)]
         return logits, guesses
     first, stop, started = step, [], time.time()
     ctrl_c = signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # finish the step, then save
@@ -419,9 +411,8 @@ def train(args, run):
                 if epoch_ends or step % args.log_every == 0:
                     with open(out / "log.csv", "a") as file:
                         print(epoch + 1, step, *(f"{value:.6g}" for value in [*row, error]), sep=",", file=file)
-                line = f"epoch {epoch + 1}/{args.epochs} [{'#' * (10 * step // last_step):10}] loss_d {row[0]:.3f} "
-                line += f"info_cat {row[7]:.2f} cluster_error {error:.3f} {row[6]:.0f} images/s "
-                line += f"{(last_step - step) / speed / 60:.1f} min left "
+                line = f"epoch {epoch + 1}/{args.epochs} [{'#' * (10 * step // last_step):10}] cluster_error {error:.3f} "
+                line += f"info_cat {row[7]:.2f} {row[6]:.0f} images/s {(last_step - step) / speed / 60:.1f} min left "
                 if sys.stdout.isatty() or epoch_ends:
                     print(line, end="\r" if sys.stdout.isatty() and not stopping else "\n", flush=True)
             if step % (args.sample_every or steps_per_epoch) == 0 or (epoch == 0 and step & (step - 1) == 0):
