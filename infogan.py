@@ -246,9 +246,11 @@ def measure(D, data, held_out, args, device):
         rows = [f"code {code + 1}" for code in range(args.continuous)]
         maps["|Rank correlation| of Q's mean and the factor"] = r.numpy(), rows, list(data.factors)
     figure = Figure(figsize=(7 * len(maps) + 1, 4.5), layout="constrained")
-    for axes, (title, (values, rows, columns)) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps.items()):
+    panels = figure.subplots(1, len(maps), squeeze=False)[0]
+    for axes, (title, (values, rows, columns)) in zip(panels, maps.items(), strict=True):
         axes.imshow(values, cmap="Blues", aspect="auto")
-        axes.set(title=title, xticks=range(len(columns)), xticklabels=columns, yticks=range(len(rows)), yticklabels=rows)
+        axes.set(title=title, xticks=range(len(columns)), xticklabels=columns)
+        axes.set_yticks(range(len(rows)), rows)
         for (row, column), value in np.ndenumerate(values):
             axes.text(column, row, f"{value:.3g}", ha="center", color="white" if 2 * value > values.max() else "black")
     figure.savefig(Path(args.out) / "factors.png", dpi=100)
@@ -411,8 +413,9 @@ def train(args, run):
                 if epoch_ends or step % args.log_every == 0:
                     with open(out / "log.csv", "a") as file:
                         print(epoch + 1, step, *(f"{value:.6g}" for value in [*row, error]), sep=",", file=file)
-                line = f"epoch {epoch + 1}/{args.epochs} [{'#' * (10 * step // last_step):10}] cluster_error {error:.3f} "
-                line += f"info_cat {row[7]:.2f} {row[6]:.0f} images/s {(last_step - step) / speed / 60:.1f} min left "
+                line = f"epoch {epoch + 1}/{args.epochs} [{'#' * (10 * step // last_step):10}] loss_d {row[0]:.3f} "
+                line += f"info_cat {row[7]:.2f} cluster_error {error:.3f} {row[6]:.0f} images/s "
+                line += f"{(last_step - step) / speed / 60:.1f} min left "
                 if sys.stdout.isatty() or epoch_ends:
                     print(line, end="\r" if sys.stdout.isatty() and not stopping else "\n", flush=True)
             if step % (args.sample_every or steps_per_epoch) == 0 or (epoch == 0 and step & (step - 1) == 0):

@@ -1949,6 +1949,17 @@ def test_the_plain_loop_has_the_losses_of_the_script(name, monkeypatch):
     assert loss_g(D, x_fake).item() == pytest.approx(script.generator_loss(logits_fake).item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["resident", "mapped"])
+def test_the_pictures_that_are_timed_are_where_the_table_says(tmp_path, kind):
+    images = speed.load_size(2000, kind, tmp_path).images
+    assert images.shape == (2000, 1, 28, 28)
+    assert torch.equal(images[:1000], images[1000:])
+    images[0] = 7
+    assert not (np.fromfile(tmp_path / "2000", np.uint8)[:784] == 7).all()  # never written to
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path / "2000") in line]
+    assert len(mapped) == (kind == "mapped")
+
+
 # README.md
 
 

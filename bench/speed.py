@@ -13,8 +13,8 @@ and backward passes alone, in the script's layout and precision, on fixed z and 
 optimisers are timed apart. All of a row are timed in turn in one process, for several rounds; ratios are taken round
 by round, and shown as their median and range: machines are noisy.
 
-Second table. dcgan.py on N pictures of 28x28, resident and in a memory-mapped file, each in a process of its own; the
-file has just been written, and lies in memory if there is room. Linux only.
+Second table. dcgan.py on N pictures of 28x28, resident and in a memory-mapped file that has just been written, and lies
+in memory if there is room: the time of a step, all in turn in one process; the peak memory, in a process each (Linux).
 """
 import argparse
 import importlib
@@ -183,34 +183,37 @@ def table_of_scripts(rounds, shorter):
             more = f"{median(over) - 1:.0%} ({min(over) - 1:.0%} to {max(over) - 1:.0%}) | {median(adam):.0%}"
             print(f"| {title} | {precision} | {median(speed):,.0f} | {spread} | {more} |", flush=True)
 
-def measure_size(n, kind, steps):
-    """Seconds of a step of dcgan.py on n pictures, and the peak memory of this process in MB."""
-    block, shape = torch.randint(256, (1000, 1, 28, 28), dtype=torch.uint8).numpy(), (n, 1, 28, 28)
+def load_size(n, kind, folder):
+    """A Data of n pictures, resident or in a memory-mapped file in the folder."""
+    block, path = torch.randint(256, (1000, 1, 28, 28), dtype=torch.uint8).numpy(), f"{folder}/{n}"
+    with open(path, "wb") as file:  # not through a map: its pages would count as this process's
+        file.writelines([block] * (n // 1000))
+    flat = np.memmap(path, np.uint8, "c") if kind == "mapped" else np.fromfile(path, np.uint8)
+    return Data(torch.from_numpy(flat.reshape(n, 1, 28, 28)))
+
+def measure_memory(n, kind, steps):
+    """The peak memory, in MB, of this process after so many steps of dcgan.py on n pictures."""
     with tempfile.TemporaryDirectory() as folder:
-        with open(f"{folder}/data", "wb") as file:  # not through a map: its pages would count as this process's
-            file.writelines([block] * (n // 1000))
-        if kind == "mapped":
-            array = np.memmap(f"{folder}/data", np.uint8, "c", 0, shape)
-        else:
-            array = np.fromfile(f"{folder}/data", np.uint8).reshape(shape)
-        took, _ = run_script(importlib.import_module("dcgan"), [], Data(torch.from_numpy(array)), steps)
+        run_script(importlib.import_module("dcgan"), [], load_size(n, kind, folder), steps)
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return took, int(peak.split()[1]) / 1024
+    return int(peak.split()[1]) / 1024
 
 def table_of_sizes(rounds, shorter):
-    """One row a size; each figure is the median of the rounds."""
-    print("\n| pictures | resident: ms a step | peak MB | mapped: ms a step | peak MB |")
+    """One row a size: seconds of a step, all sizes in turn in this process; memory, each in a process of its own."""
+    print("\n| pictures | kept | ms a step | of that with the first | peak MB |")
     print("| --- | --- | --- | --- | --- |")
-    sizes, found = [1000, 10_000, 100_000] + [1_000_000] * (shorter == 1), {}
-    for _ in range(rounds):
-        for n in sizes:
-            for kind in ("resident", "mapped"):
-                command = [sys.executable, __file__, "--measure", str(n), kind, str(max(2, 100 // shorter))]
-                answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-                found.setdefault((n, kind), []).append([float(value) for value in answer[-2:]])
-    for n in sizes:
-        cells = [median(column) for kind in ("resident", "mapped") for column in zip(*found[n, kind], strict=True)]
-        print(f"| {n:,} | {1000 * cells[0]:.2f} | {cells[1]:,.0f} | {1000 * cells[2]:.2f} | {cells[3]:,.0f} |")
+    sizes, steps = [1000, 10_000, 100_000] + [1_000_000] * (shorter == 1), max(2, 60 // shorter)
+    cases, found = [(n, kind) for n in sizes for kind in ("resident", "mapped")], []
+    with tempfile.TemporaryDirectory() as folder:
+        data = [load_size(*case, folder) for case in cases]
+        for _ in range(rounds):
+            found.append([run_script(importlib.import_module("dcgan"), [], one, steps)[0] for one in data])
+    for (n, kind), took in zip(cases, zip(*found, strict=True), strict=True):
+        ratios = [seconds / first for seconds, (first, *_) in zip(took, found, strict=True)]
+        command = [sys.executable, __file__, "--measure", str(n), kind, str(steps)]
+        peak = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
+        spread = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        print(f"| {n:,} | {kind} | {1000 * median(took):.2f} | {spread} | {float(peak):,.0f} |", flush=True)
 
 def main(argv=None):
     """Print the tables."""
@@ -223,12 +226,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     rounds, shorter = (1, 30) if args.quick else (args.rounds, 1)
     if args.measure:
-        print(*measure_size(int(args.measure[0]), args.measure[1], int(args.measure[2])))
+        print(measure_memory(int(args.measure[0]), args.measure[1], int(args.measure[2])))
         return
     if not args.data:
         table_of_scripts(rounds, shorter)
     if not args.scripts:
-        table_of_sizes(min(rounds, 3), shorter)
+        table_of_sizes(rounds, shorter)
 
 if __name__ == "__main__":
     main()
