@@ -15,7 +15,7 @@ The strongest recipe found here: twice the width, R1 instead of batch norm in D,
 
 Where this differs from the paper: z is normal, not uniform; batch 64, not 128; kernels 4x4; samples from an average of
 G's weights (--ema 0: from G); as deep and wide as laptops allow (the paper: 1024, 512, 256, 128 channels from 4x4 up).
-Images under 64x64, which can be halved only twice, get two convolutions a resolution (--depth 1: the paper's one).
+Images under 64x64, which are halved only two or three times, get two convolutions each time (--depth 1: the paper's).
 """
 import argparse
 import json
@@ -72,7 +72,7 @@ class Discriminator(nn.Module):
     def __init__(self, img_size=64, img_channels=3, hidden_channels=(128, 256, 512),
                  kernel_size=4, depth=1, norm="batch", dropout=0.0, init="dcgan"):  # fmt: skip
         super().__init__()
-        layers, channels, bias = [], img_channels, norm != "batch"  # batch norm has a bias of its own
+        layers, channels, bias = [], img_channels, norm != "batch"  # batch norm brings its own
         for width in hidden_channels:  # (B, 128, 32, 32), (B, 256, 16, 16), (B, 512, 8, 8)
             convs = [nn.Conv2d(channels, width, kernel_size, 2, (kernel_size - 1) // 2, bias=bias)]
             convs += [nn.Conv2d(width, width, 3, padding=1, bias=bias) for _ in range(depth - 1)]
@@ -182,7 +182,7 @@ def parse_args(argv=None, known=None):
     adam("--adam-eps", type=share, default=1e-8, help="Adam's epsilon (%(default)s)")
     adam("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: down to 0 at the last step")
     adam("--clip-grad-norm", type=amount, help="scale the gradients of a network down to this L2 norm (off)")
-    adam("--ema", type=share, default=0.999, help="samples: from G's weights averaged with this decay (%(default)s)")
+    adam("--ema", type=share, default=0.999, help="samples: from G's weights, averaged; final decay (%(default)s)")
     adam("--d-steps", type=count, default=1, help="D updates a step (%(default)s)")
     adam("--g-steps", type=count, default=1, help="G updates a step (%(default)s)")
     trick("--loss", choices=["bce", "hinge"], default="bce", help="hinge: Geometric GAN, 1705.02894 (%(default)s)")
@@ -375,8 +375,8 @@ def main(argv=None):
     try:
         args = parse_args(argv)
         (generate if args.sample else train)(args, open_run(args, argv))
-    except (Fault, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        print("dcgan.py:", str(error).partition("\n")[0] or "not enough memory", file=sys.stderr)
+    except (Fault, OSError, MemoryError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+        print("dcgan.py:", str(error).partition("\n")[0] or f"stopped by a {type(error).__name__}", file=sys.stderr)
         return 2 if isinstance(error, Misuse) else 1
     return 0
 

@@ -17,11 +17,11 @@ Perfect guesses of the category make L = ln 10 = 2.303 nats. loss_d and loss_g i
 What changes from dcgan.py: codes, Q, L; and what the codes mean is measured, on a tenth of the pictures that is not
 trained on, by their labels and by the factors that `digits` were rendered from: cluster_error in the log, factors.png.
 Where this differs from the paper: two things make the categories digits (MNIST, 5 seeds). z has 16 numbers, not 62, for
-what z can say the category need not. And Q guesses the categories of half of the fakes when they are slanted, scaled
+what z can say no category need say. And Q guesses the categories of half of the fakes when they are slanted, scaled
 and shifted at random (--augment 0: not), so that these do not become categories; they remain for the numbers. Both
 weights of L are 1 in the paper, here 1 and 0.3. Widths 16, 32 (two layers at each resolution) and 512; the paper: 64,
-128, 1024. z is normal. Samples from an average of G's weights. Q's variance of the numbers is 1, which keeps L below
--0.226 for each of them (--continuous-variance learned).
+128, 1024. Batches of 64, not 128; slopes of 0.2, not 0.1; z is normal; samples from an average of G's weights. Q's
+variance of the numbers is 1, which keeps L below -0.226 for each of them (--continuous-variance learned: free).
 """
 import argparse
 import json
@@ -68,7 +68,7 @@ class Generator(nn.Module):
 
 class Discriminator(nn.Module):
     """image (B, img_channels, img_size, img_size) -> logit l (B,) of D(x) = sigmoid(l), and Q's guesses (B, guesses):
-    a logit, no softmax, for each category of each categorical code; a mean and then a log variance for each other."""
+    a logit, no softmax, for each category of each categorical code; means of the others, then their log variances."""
     def __init__(self, guesses=14, img_size=28, img_channels=1, hidden_channels=(64, 128), depth=1, hidden=512):
         super().__init__()
         layers, channels = [], img_channels
@@ -174,7 +174,7 @@ def parse_args(argv=None, known=None):
     adam("--adam-eps", type=share, default=1e-8, help="Adam's epsilon (%(default)s)")
     adam("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: down to 0 at the last step")
     adam("--clip-grad-norm", type=amount, help="scale the gradients of a network down to this L2 norm (off)")
-    adam("--ema", type=share, default=0.999, help="samples: from G's weights averaged with this decay (%(default)s)")
+    adam("--ema", type=share, default=0.999, help="samples: from G's weights, averaged; final decay (%(default)s)")
     info("--categorical", type=number(int, 2), nargs="+", default=[10], help="categories of each categorical code (10)")
     info("--continuous", type=number(int, 0), default=2, help="how many continuous codes (%(default)s)")
     info("--continuous-variance", choices=["fixed", "learned"], default="fixed", help="of Q; fixed is 1 (fixed)")
@@ -441,8 +441,8 @@ def main(argv=None):
     try:
         args = parse_args(argv)
         (generate if args.sample else train)(args, open_run(args, argv))
-    except (Fault, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        print("infogan.py:", str(error).partition("\n")[0] or "not enough memory", file=sys.stderr)
+    except (Fault, OSError, MemoryError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+        print("infogan.py:", str(error).partition("\n")[0] or f"stopped by a {type(error).__name__}", file=sys.stderr)
         return 2 if isinstance(error, Misuse) else 1
     return 0
 

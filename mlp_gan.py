@@ -14,12 +14,12 @@ x is: D(x) = D(G(z)) = 1/2, loss_d = 2 ln 2 = 1.386, acc_real = acc_fake = 50 %.
 What breaks it: batch norm in every block of both networks, and no dropout. What mends it: dropout in its place.
     python mlp_gan.py --dataset mnist --epochs 20 --img-size 64 --hidden 512 512 512 --norm batch --dropout 0 --out bn
     python mlp_gan.py --dataset mnist --epochs 20 --img-size 64 --hidden 512 512 512 --norm dropout --out dropout
-Batch norm is said to keep both terms of loss_d at ln 2. We saw D win at once: after epoch 3 D(G(z)) < 0.01, the
+One might expect both terms of loss_d to stay at ln 2. We saw D win at once: after epoch 3 D(G(z)) < 0.01, the
 gradients of D's last layer (gradients.png) fall from 1e-3 to 1e-5, and all samples are the same noise. With dropout
 these gradients stay near 0.3, loss_d falls from 1.4 to 0.8, and all ten digits appear.
 
 Where this differs from the paper: LeakyReLU, not ReLU in G and maxout in D; Adam, not momentum; z is normal, and the
-same in the G step as in the D step; G ends in tanh, not sigmoid; samples from an average of G (--ema 0: from G)."""
+same in the G step as in the D step; G ends in tanh; narrower; batch 64; dropout 0.3; samples from an average of G."""
 import argparse
 import json
 import math
@@ -107,7 +107,7 @@ def parse_args(argv=None, known=None):
     adam("--adam-eps", type=share, default=1e-8, help="Adam's epsilon (%(default)s)")
     adam("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: down to 0 at the last step")
     adam("--clip-grad-norm", type=amount, help="scale the gradients of a network down to this L2 norm (off)")
-    adam("--ema", type=share, default=0.999, help="samples: from G's weights averaged with this decay (%(default)s)")
+    adam("--ema", type=share, default=0.999, help="samples: from G's weights, averaged; final decay (%(default)s)")
     adam("--d-steps", type=count, default=1, help="D updates a step (%(default)s)")
     adam("--g-steps", type=count, default=1, help="G updates a step (%(default)s)")
     trick("--loss", choices=["nonsaturating", "minimax"], default="nonsaturating", help="of G (nonsaturating)")
@@ -291,8 +291,8 @@ def main(argv=None):
     try:
         args = parse_args(argv)
         (generate if args.sample else train)(args, open_run(args, argv))
-    except (Fault, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        print("mlp_gan.py:", str(error).partition("\n")[0] or "not enough memory", file=sys.stderr)
+    except (Fault, OSError, MemoryError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+        print("mlp_gan.py:", str(error).partition("\n")[0] or f"stopped by a {type(error).__name__}", file=sys.stderr)
         return 2 if isinstance(error, Misuse) else 1
     return 0
 

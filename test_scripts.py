@@ -128,6 +128,14 @@ def refusal(capsys, code, expected=(1, 2)):
 # Every script, one tiny step
 
 
+def test_ctrl_c_before_the_first_step_is_one_sentence(script, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "load_data", interrupted)
+    assert "KeyboardInterrupt" in refusal(capsys, run(script), [1])
+
+
 def test_one_step_writes_everything(script, digits):
     assert run(script, "--data-dir", digits, "--max-steps", 1, "--log-every", 1) == 0
     out = Path(f"runs/{script.__name__}-digits")
@@ -1056,6 +1064,14 @@ def test_wgan_shapes_and_no_batch_norm_in_the_critic(arch, norm, lipschitz):
     assert any(isinstance(layer, wgan_gp.ResBlock) for layer in [*G.modules(), *D.modules()]) == (arch == "resnet")
     D.eval()
     assert torch.allclose(D(x)[:1], D(x[:1]), atol=1e-5)  # no picture depends on the others
+
+
+def test_the_defaults_of_the_critic_follow_the_constraint():
+    for lipschitz, norm, rate in (("gp", "none", 1e-3), ("clip", "layer", 2e-4), ("spectral", "none", 2e-4)):
+        args = wgan_gp.parse_args(["--lipschitz", lipschitz])
+        assert (args.critic_norm, args.lr_d) == (norm, rate)
+        args = wgan_gp.parse_args(["--lipschitz", lipschitz, "--critic-norm", "none", "--lr-d", "0.5"])
+        assert (args.critic_norm, args.lr_d) == ("none", 0.5)
 
 
 def test_resblock_doubles_or_halves_around_its_skip_connection():

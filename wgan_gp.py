@@ -12,17 +12,18 @@ so that a critic D, which returns a score and no probability, is trained to meas
 
 D must not be steeper than 1 (1-Lipschitz), and the best D has slope 1 on the lines of an optimal transport. --lipschitz
 gp penalises other slopes at points x_mix between real and fake pictures, which takes a second derivative. clip keeps
-each weight within 0.05 (with RMSprop): free, but D stays simple. spectral divides the weights of each layer by their
-largest singular value: cheap, but convolutions may be steeper. With these two W is known only up to a factor.
+each weight within 0.05, with RMSprop and layer norm: it costs no time, but D stays simple. spectral divides the weights
+of each layer by their largest singular value: cheap, but convolutions may be steeper. With these two W is known only up
+to a factor.
 
     python wgan_gp.py                           # the built-in digits, no download
     python wgan_gp.py --dataset mnist --epochs 20
 
 What changes from dcgan.py: no probabilities, no batch norm in D, five D steps for each G step, W in the log.
 Where this differs from the papers: rates of 1e-3, of D without gp 2e-4 (theirs: Adam 1e-4, which makes no digits in 5
-epochs of MNIST, and RMSprop 5e-5; weights within 0.01); betas (0, 0.9) as in Algorithm 1 (their MNIST code: (0.5,
-0.9)); batch 32, not 64; widths 16, 32, two layers at each resolution; a flat end of the residual critic; samples from
-an average of G's weights; a held-out set.
+epochs of MNIST, and RMSprop 5e-5; weights within 0.01; batch norm, which with clip layer norm stands for here); betas
+(0, 0.9) as in Algorithm 1 (their MNIST code: (0.5, 0.9)); batch 32, not 64; widths 16, 32, two layers at each
+resolution; a flat end of the residual critic; samples from an average of G's weights; a held-out set.
 """
 import argparse
 import json
@@ -169,20 +170,21 @@ def parse_args(argv=None, known=None):
     model("--hidden-channels", type=count, nargs="+", help="from the image inwards (32 64 ... / depth, to about 8x8)")
     model("--arch", choices=["conv", "resnet"], default="conv", help="resnet: residual blocks, as in 1704.00028 (conv)")
     model("--depth", type=count, help="convolutions at each resolution, the extra ones 3x3 (1; under 64x64 2)")
-    adam("--lr-g", type=share, default=1e-3, help="Adam's rate for G (%(default)s)")
-    adam("--lr-d", type=share, help="Adam's rate for D (0.001 with gp, else 0.0002)")
+    adam("--lr-g", type=share, default=1e-3, help="rate for G (%(default)s)")
+    adam("--lr-d", type=share, help="rate for D (0.001 with gp, else 0.0002)")
     adam("--betas", type=number(float, 0, 0.9999), nargs=2, default=[0.0, 0.9], help="Adam's memory (0 0.9)")
     adam("--adam-eps", type=share, default=1e-8, help="Adam's epsilon (%(default)s)")
     adam("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: down to 0 at the last step")
     adam("--clip-grad-norm", type=amount, help="scale the gradients of a network down to this L2 norm (off)")
-    adam("--ema", type=share, default=0.999, help="samples: from G's weights averaged with this decay (%(default)s)")
-    model("--critic-norm", choices=["none", "layer"], default="none", help="layer norm in the critic (%(default)s)")
+    adam("--ema", type=share, default=0.999, help="samples: from G's weights, averaged; final decay (%(default)s)")
+    model("--critic-norm", choices=["none", "layer"], help="layer norm in the critic (layer with clip, else none)")
     lipschitz("--lipschitz", choices=["gp", "clip", "spectral"], default="gp", help="what holds D's slope (gp)")
     lipschitz("--gp-weight", type=amount, default=10, help="of the penalty of gp (%(default)s)")
     lipschitz("--clip-value", type=amount, default=0.05, help="bound of each weight of D with clip (%(default)s)")
     lipschitz("--critic-steps", type=count, default=5, help="D updates for each update of G (%(default)s)")
     args = parser.parse_args(argv, known)
     args.out = args.out or f"runs/wgan_gp-{args.dataset}"
+    args.critic_norm = args.critic_norm or ("layer" if args.lipschitz == "clip" else "none")
     args.lr_d = (1e-3 if args.lipschitz == "gp" else 2e-4) if args.lr_d is None else args.lr_d
     return args
 
@@ -369,8 +371,8 @@ def main(argv=None):
     try:
         args = parse_args(argv)
         (generate if args.sample else train)(args, open_run(args, argv))
-    except (Fault, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        print("wgan_gp.py:", str(error).partition("\n")[0] or "not enough memory", file=sys.stderr)
+    except (Fault, OSError, MemoryError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+        print("wgan_gp.py:", str(error).partition("\n")[0] or f"stopped by a {type(error).__name__}", file=sys.stderr)
         return 2 if isinstance(error, Misuse) else 1
     return 0
 
