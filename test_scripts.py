@@ -1930,7 +1930,6 @@ def test_the_classifier_of_stacked_digits_reads_each_channel():
     digit.bias.data = -digit.weight.data.squeeze(1) ** 2 / 2
     images = torch.tensor([[3, 0, 7], [9, 9, 1]])[:, :, None, None].expand(-1, -1, 4, 4) * 255 // 9
     eyes = nn.Sequential(brightness, digit)
-    eyes.channels = 1
     features, labels = score.extract(eyes, images.byte())
     assert features.shape == (2, 3)
     assert labels.tolist() == [307, 991]

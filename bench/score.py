@@ -62,10 +62,11 @@ def load_test(dataset, data_dir):
 @torch.no_grad()
 def extract(eyes, images):
     """Features (N, F) and labels (N,) of uint8 images (N, C, H, W). Of stacked digits each is looked at by itself.
-    eyes[0] makes (B, eyes.channels, H, W) in [-1, 1] features, eyes[1] makes these logits."""
-    device, stack = next(eyes.parameters()).device, max(1, images.shape[1] // eyes.channels)
-    rows = images.expand(-1, stack * eyes.channels, -1, -1).reshape(-1, eyes.channels, *images.shape[2:])
-    features = torch.cat([eyes[0](to_batch(rows, index, device)) for index in torch.arange(len(rows)).split(500)])
+    eyes[0] makes (B, channels, H, W) in [-1, 1] features, eyes[1] makes these logits."""
+    first = next(eyes.parameters())  # (outputs, channels, ...)
+    channels, stack = first.shape[1], max(1, images.shape[1] // first.shape[1])
+    rows = images.expand(-1, stack * channels, -1, -1).reshape(-1, channels, *images.shape[2:])
+    features = torch.cat([eyes[0](to_batch(rows, index, first.device)) for index in torch.arange(len(rows)).split(500)])
     labels = eyes[1](features).argmax(1).cpu().view(-1, stack) @ torch.tensor([100, 10, 1])[-stack:]
     return features.cpu().view(len(images), -1), labels
 
@@ -76,9 +77,7 @@ def load_inception():
     except OSError as error:
         raise Fault(f"the weights of Inception cannot be downloaded ({error}): omit --features.") from error
     classify, net.fc, net.transform_input = net.fc, nn.Identity(), False  # x is in [-1, 1], as the weights want it
-    eyes = nn.Sequential(nn.Sequential(nn.Upsample((299, 299), mode="bilinear"), net), classify).eval()
-    eyes.channels = 3
-    return eyes
+    return nn.Sequential(nn.Sequential(nn.Upsample((299, 299), mode="bilinear"), net), classify).eval()
 
 def load_classifier(dataset, data_dir, img_size, device):
     """The classifier of a data set, of all its classes, from its cache or trained for 4 epochs."""
@@ -88,7 +87,6 @@ def load_classifier(dataset, data_dir, img_size, device):
     layers = [nn.Conv2d(channels, 32, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(32, 64, 3, 1, 1), nn.ReLU()]
     layers += [nn.AdaptiveMaxPool2d(7), nn.Flatten(), nn.Linear(3136, 128), nn.ReLU()]
     eyes = nn.Sequential(nn.Sequential(*layers), nn.Linear(128, int(labels.max()) + 1)).to(device)
-    eyes.channels = channels
     try:
         eyes.load_state_dict(torch.load(cache, map_location=device, weights_only=True))
     except Exception:  # not there, or damaged
@@ -191,8 +189,7 @@ def score(images, epoch, real, rows, folder):
     (folder / "score.csv").write_text("".join(",".join(row) + "\n" for row in [COLUMNS, *table]))
     curves = np.array(sorted(row for row in rows if not isinstance(row[0], str)), float).reshape(-1, len(COLUMNS)).T
     figure = Figure(figsize=(13, 3.8), layout="constrained")
-    panels = {"Frechet distance: lower is better": [1, 2], "Kernel distance: lower is better": [3]}
-    panels["Higher is better"] = [5, 6]
+    panels = {"Frechet distance": [1, 2], "Kernel distance": [3], "Precision and recall": [5, 6]}
     for panel, (title, columns) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         panel.plot(curves[0], curves[columns].T, "o-", label=[COLUMNS[column] for column in columns])
         panel.set(title=title, xlabel="epoch", ylim=(0, None))
