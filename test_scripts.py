@@ -1792,6 +1792,12 @@ def test_kid_of_a_set_against_itself_is_about_zero():
     assert score.kid(a, b + 1, blocks=20)[0] > 20 * abs(mean)
 
 
+def test_the_standard_error_of_kid_is_how_far_it_varies():
+    rng = torch.Generator().manual_seed(0)
+    found = np.array([score.kid(*torch.randn(2, 400, 4, generator=rng), blocks=10) for _ in range(100)])
+    assert found[:, 0].std() == pytest.approx(found[:, 1].mean(), rel=0.3)
+
+
 def test_precision_and_recall():
     rng = torch.Generator().manual_seed(0)
     a = torch.randn(500, 4, generator=rng)
@@ -1800,6 +1806,9 @@ def test_precision_and_recall():
     precision, recall = score.precision_recall(a, a[:1].repeat(500, 1) + 1e-4 * torch.randn(500, 4, generator=rng))
     assert precision == 1  # one mode, a real one
     assert recall < 0.05
+    real, fake = torch.arange(0.0, 50, 10)[:, None], torch.arange(65.0, 69)[:, None]
+    assert score.precision_recall(real, fake) == (1, 0)  # 25 to 28 from 40, whose third neighbour, 10, is 30 away
+    assert score.precision_recall(real, fake + 10) == (0, 0)
 
 
 def test_the_balance_and_the_modes_of_a_hand_made_set():
@@ -1810,6 +1819,9 @@ def test_the_balance_and_the_modes_of_a_hand_made_set():
     assert classes == 1
     modes = torch.tensor([0, 0, 7, 999])
     assert score.balance(modes, torch.arange(1000), 1000)[1] == 3
+    rare = torch.tensor([0] * 500 + [1])  # one picture makes a mode, but no class
+    assert score.balance(rare, torch.arange(1000), 1000)[1] == 2
+    assert score.balance(rare, torch.arange(10), 10)[1] == 1
 
 
 @pytest.fixture
@@ -1957,15 +1969,14 @@ def test_the_plain_loop_has_the_losses_of_the_script(name, monkeypatch):
     x_real, x_fake = torch.rand(2, 4, 1, 8, 8) * 2 - 1
     loss_d, loss_g = speed.losses(script, args)
     if name == "infogan":
-        monkeypatch.setattr(script, "information", lambda *_: (torch.zeros(()), torch.zeros(())))
-        args.c = None
+        monkeypatch.setattr(script, "information", lambda *_: (torch.tensor(2.0), torch.tensor(-3.0)))
+        args.c, bound = None, 2 * args.info_weight_cat - 3 * args.info_weight_cont
         logits_real, logits_fake = D(x_real)[0], D(x_fake)[0]
     else:
-        logits_real, logits_fake = D(x_real), D(x_fake)
-    assert sum(loss_d(D, x_real, x_fake)).item() == pytest.approx(
-        script.discriminator_loss(logits_real, logits_fake).item(), rel=1e-5
-    )
-    assert loss_g(D, x_fake).item() == pytest.approx(script.generator_loss(logits_fake).item(), rel=1e-5)
+        logits_real, logits_fake, bound = D(x_real), D(x_fake), 0
+    expected = script.discriminator_loss(logits_real, logits_fake).item() - bound
+    assert sum(loss_d(D, x_real, x_fake)).item() == pytest.approx(expected, rel=1e-5)
+    assert loss_g(D, x_fake).item() == pytest.approx(script.generator_loss(logits_fake).item() - bound, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["resident", "mapped"])
