@@ -239,7 +239,7 @@ def save_plots(out):
         panel.locator_params("x", nbins=5)
         panel.legend()
     panels[0].set(title="Wasserstein estimate: how far off G is", ylabel="E D(x) - E D(G(z))", ylim=(0, None))
-    panels[1].set(title="The critic's slope: 1 is wanted", ylabel="|grad D|", ylim=(0, 2))
+    panels[1].set(title="The critic's slope: gp wants 1", ylabel="|grad D|", ylim=(0, None))
     panels[2].set(title="Gradient norm", ylabel="L2 norm of all gradients", yscale="log")
     figure.supxlabel("step (generator updates)")
     figure.savefig(out / "losses.png", dpi=100)
