@@ -41,7 +41,7 @@ ROWS = {  # the script, its flags, steps a round
     "dcgan, one convolution, 64 128": ("dcgan", "--depth 1 --hidden-channels 64 128", 30),
     "dcgan, strongest recipe": ("dcgan", "--hidden-channels 32 64 --d-norm none --r1 0.5 --init default", 20),
     "wgan_gp": ("wgan_gp", "", 20),
-    "wgan_gp, one convolution, 64 128": ("wgan_gp", "--depth 1 --hidden-channels 64 128 --batch-size 64", 8),
+    "wgan_gp, one convolution, 64 128, batch 64": ("wgan_gp", "--depth 1 --hidden-channels 64 128 --batch-size 64", 8),
     "infogan": ("infogan", "", 30),
 }
 QUIET = ["save_plots", "save_history", "save_gif", "save_atomically", "save_traversals", "print"]
