@@ -64,14 +64,16 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 
 
 DRAWN = ["test_one_step_writes_everything", "test_mlp_gan_keeps_the_gradient_of_the_last_layer_of_each_epoch"]
-DRAWN += ["test_infogan_traversals_for_any_codes"]
+DRAWN += ["test_infogan_traversals_for_any_codes", "test_interpolation_gif_follows_the_flag"]
+DRAWN += ["test_snapshots_and_sample_grids"]
 
 
 @pytest.fixture(autouse=True)
-def plots_are_drawn_only_where_they_are_looked_at(request, monkeypatch):
+def plots_and_gifs_are_drawn_only_where_they_are_looked_at(request, monkeypatch):
     """Drawing takes longer than the tiny runs; all but the drawing is done in each test."""
     if request.node.originalname not in DRAWN:
         monkeypatch.setattr(Figure, "savefig", lambda self, path, dpi: Path(path).write_bytes(b""))
+        monkeypatch.setattr(imageio, "mimwrite", lambda *_, **__: b"")  # choosing 256 colours takes longest
 
 
 @pytest.fixture(scope="session")
