@@ -46,7 +46,7 @@ from common import save_history, save_pictures, to_batch
 
 class LeakyReLU(nn.LeakyReLU):
     """The greater of x and slope * x. The factor is a constant to autograd: that of torch gives the penalty zeros for a
-    second derivative, which are then taken back through all layers before it, a sixth of the time of a step."""
+    second derivative, which are then taken back through all layers before it, a seventh of the time of a step."""
     def forward(self, x):
         factor = torch.copysign(x.new_full((), (1 - self.negative_slope) / 2), x.detach())
         return x * factor.add_((1 + self.negative_slope) / 2)  # times 1 or slope
