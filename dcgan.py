@@ -33,22 +33,23 @@ from torch import nn
 from torch.nn.functional import relu, softplus
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim.swa_utils import AveragedModel
+from torchvision.ops import Permute
 from common import DATASETS, Fault, Misuse, epoch_order, fixed_noise, grid, load_data, sample, save_atomically
 from common import save_gif, save_history, save_pictures, to_batch
 
-class Generator(nn.Module):
+class Generator(nn.Sequential):
     """z (B, latent_dim) -> image (B, img_channels, img_size, img_size) in [-1, 1]; shapes below are of the defaults.
     hidden_channels: from the image inwards. Raises Fault if img_size cannot be halved once for each of them."""
     def __init__(self, latent_dim=100, img_size=64, img_channels=3, hidden_channels=(128, 256, 512),
                  kernel_size=4, upsample="transpose", depth=1, init="dcgan"):  # fmt: skip
-        super().__init__()
         factor = 2 ** len(hidden_channels)
         if factor == 1 or img_size % factor:
             raise Fault(f"--img-size {img_size} is not a multiple of {max(factor, 2)}: each hidden channel halves it.")
         *rest, channels = hidden_channels
-        self.start = (img_size // factor, img_size // factor, channels)
-        self.project = nn.Linear(latent_dim, math.prod(self.start), bias=False)
-        layers = [nn.BatchNorm2d(channels), nn.ReLU(True)]  # (B, 512, 8, 8)
+        start = img_size // factor, img_size // factor, channels
+        layers = [nn.Linear(latent_dim, math.prod(start), bias=False), nn.Unflatten(1, start)]  # (B, 8, 8, 512)
+        layers += [Permute([0, 3, 1, 2])]  # (B, 512, 8, 8), channels last in memory, as the convolutions want them
+        layers += [nn.BatchNorm2d(channels), nn.ReLU(True)]
         for width in [*reversed(rest), img_channels]:  # (B, 256, 16, 16), (B, 128, 32, 32), (B, 3, 64, 64)
             for _ in range(depth - 1):
                 layers += [nn.Conv2d(channels, channels, 3, 1, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(True)]
@@ -59,13 +60,9 @@ class Generator(nn.Module):
                 layers += [nn.ConvTranspose2d(channels, width, kernel_size, 2, *pad, bias=False)]
             layers += [nn.BatchNorm2d(width), nn.ReLU(True)]
             channels = width
-        self.layers = nn.Sequential(*layers[:-2], nn.Tanh())  # neither batch norm nor ReLU on the image
+        super().__init__(*layers[:-2], nn.Tanh())  # neither batch norm nor ReLU on the image
         if init == "dcgan":
             self.apply(init_weights)
-
-    def forward(self, z):
-        x = self.project(z).view(-1, *self.start)  # (B, 8, 8, 512)
-        return self.layers(x.permute(0, 3, 1, 2))  # channels last in memory, as the convolutions want them
 
 class Discriminator(nn.Module):
     """image (B, img_channels, img_size, img_size) -> logit l (B,) of D(x) = sigmoid(l): G's mirror image."""
@@ -80,16 +77,16 @@ class Discriminator(nn.Module):
                 layers += [conv, nn.BatchNorm2d(width)] if norm == "batch" and layers else [conv]  # not on the first
                 layers += [nn.LeakyReLU(0.2, True)] + [nn.Dropout(dropout)] * (dropout > 0)
             channels = width
+        layers += [Permute([0, 2, 3, 1]), nn.Flatten()]  # (B, 8 * 8 * 512), in the order in which they lie in memory
+        layers += [nn.Linear((img_size // 2 ** len(hidden_channels)) ** 2 * channels, 1, bias=bias)]
         self.layers = nn.Sequential(*layers)
-        self.classify = nn.Linear((img_size // 2 ** len(hidden_channels)) ** 2 * channels, 1, bias=bias)
         if init == "dcgan":
             self.apply(init_weights)
         if norm == "spectral":
             self.apply(lambda layer: spectral_norm(layer) if hasattr(layer, "weight") else layer)
 
     def forward(self, x):
-        x = self.layers(x).permute(0, 2, 3, 1).flatten(1)  # (B, 8 * 8 * 512), in the order in which they lie in memory
-        return self.classify(x).squeeze(1).float()  # (B,)
+        return self.layers(x).squeeze(1).float()  # (B,)
 
 def init_weights(module):
     """Weights with the paper's standard deviation of 0.02, about 0, or about 1 for the scale of batch norm."""
@@ -135,8 +132,7 @@ def noise_path(z, kind, frames=12):
     angle = torch.cosine_similarity(a, b, dim=-1).acos()[..., None] if kind == "slerp" else torch.tensor(math.pi / 2)
     return ((((1 - u) * angle).sin() * a + (u * angle).sin() * b) / angle.sin()).flatten(0, 1)
 
-def number(kind, low, high=math.inf):
-    """A type for argparse: an int or a float from low to high."""
+def number(kind, low, high=math.inf):  # a type for argparse: an int or a float from low to high
     def number(text):
         if low <= kind(text) <= high:
             return kind(text)
@@ -193,7 +189,7 @@ def parse_args(argv=None, known=None):
     trick("--dropout", type=number(float, 0, 0.99), default=0, help="in D, after each activation (off)")
     trick("--diffaugment", action="store_true", help="colour, shift, cut-out on all that D sees: under 5,000 pictures")
     args = parser.parse_args(argv, known)
-    args.out = args.out or f"runs/dcgan-{args.dataset}"
+    args.script, args.out = "dcgan", args.out or f"runs/dcgan-{args.dataset}"
     return args
 
 def pick_device(args):
@@ -203,9 +199,9 @@ def pick_device(args):
         device = torch.zeros(1, device=best if args.device == "auto" else args.device).device
     except (RuntimeError, AssertionError) as error:
         raise Misuse(f"--device {args.device} cannot be used here: {str(error).partition('.')[0]}.") from error
-    has = {"bf16": False} | (getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {})
-    cuda = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)  # emulated it is slow
-    return device, {"bf16": True, "fp32": False}.get(args.precision, cuda or has.get("avx512_bf16", has["bf16"]))
+    has = torch.cpu.get_capabilities() if device.type == "cpu" else {"bf16": torch.cuda.is_bf16_supported(False)}
+    native = has.get("avx512_bf16", has.get("bf16", False))  # emulated it would be slow
+    return device, {"bf16": True, "fp32": False}.get(args.precision, native)
 
 def open_run(args, argv):
     """The checkpoint in args.out, its flags put into args; None for a new run. Raises Misuse or Fault."""
@@ -216,16 +212,14 @@ def open_run(args, argv):
         return None
     try:
         run = torch.load(path, map_location="cpu", weights_only=True)
-        script, flags = run["script"], run["args"] | {"out": args.out, "max_steps": None}
+        flags = run["args"] | {"out": args.out, "max_steps": None}
         vars(args).update(vars(parse_args(argv, argparse.Namespace(**flags))))
     except Exception as error:  # torch.load raises many kinds for a file that is not a checkpoint
         raise Fault(f"{path} is missing or damaged: name another folder, or start with --overwrite.") from error
-    if script != "dcgan":
-        raise Misuse(f"{path} is a run of {script}.py: resume it with that, or name another folder with --out.")
     free = {"epochs", "max_steps", "device", "data_dir", "out", "overwrite", "resume", "sample", args.sample and "seed"}
     for name, value in flags.items():
         if getattr(args, name) != value and name not in free:
-            raise Misuse(f"--{name.replace('_', '-')} contradicts the run in {args.out}, which has {value}: omit it.")
+            raise Misuse(f"{path} has --{name.replace('_', '-')} {value}: leave it as it is, or change --out.")
     return run
 
 def build(args):
@@ -238,17 +232,16 @@ def save_plots(out):
     """losses.png: the curves of log.csv, each with its running mean."""
     log = np.atleast_1d(np.genfromtxt(out / "log.csv", delimiter=",", names=True))
     figure, n = Figure(figsize=(13, 3.8), layout="constrained"), len(log) // 40 + 1  # rows in the running mean
-    panels = figure.subplots(1, 3)
-    for i, label in enumerate(["D", "G", "D(x), real", "D(G(z)), fake", "D", "G"] if log.size else []):
-        x, y, panel, colour = log["step"], log[log.dtype.names[i + 2]], panels[i // 2], f"C{i % 2}"
-        panel.plot(x, y, colour, alpha=0.25)
-        panel.plot(x[n - 1 :], np.convolve(y, np.ones(n) / n, "valid"), colour, label=label)
-        panel.locator_params("x", nbins=5)
-        panel.legend()
-    panels[0].set(title="Loss", ylabel="loss")
-    panels[1].set(title="What D thinks: 0.5 is a draw", ylabel="probability of being real", ylim=(0, 1))
-    panels[2].set(title="Gradient norm", ylabel="L2 norm of all gradients", yscale="log")
-    figure.supxlabel("step (generator updates)")
+    panels = [("loss_d loss_g", "Loss", "loss", {})]
+    panels += [("d_real d_fake", "What D thinks: 0.5 is a draw", "probability of being real", {"ylim": (0, 1)})]
+    panels += [("grad_norm_d grad_norm_g", "Gradient norm", "L2 norm of all gradients", {"yscale": "log"})]
+    for axes, (columns, title, ylabel, more) in zip(figure.subplots(1, 3), panels, strict=True):
+        for i, column in enumerate(columns.split() if log.size else []):
+            axes.plot(log["step"], log[column], f"C{i}", alpha=0.25)
+            axes.plot(log["step"][n - 1 :], np.convolve(log[column], np.ones(n) / n, "valid"), f"C{i}", label=column)
+            axes.legend()
+        axes.locator_params("x", nbins=5)
+        axes.set(title=title, xlabel="step (generator updates)", ylabel=ylabel, **more)
     figure.savefig(out / "losses.png", dpi=100)
 
 def generate(args, run):
@@ -354,7 +347,7 @@ def train(args, run):
             if step % (args.sample_every or steps_per_epoch) == 0 or (epoch == 0 and step & (step - 1) == 0):
                 imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed)))
             if epoch_ends or stopping:
-                state = {"script": "dcgan", "args": vars(args), "step": step, "epoch": epoch + epoch_ends}
+                state = {"args": vars(args), "step": step, "epoch": epoch + epoch_ends}
                 rest = {name: part.state_dict() for name, part in parts.items()} | {"rng": torch.get_rng_state()}
                 save_atomically(out / "checkpoint.pt", state | rest | {"z_fixed": z_fixed})
                 save_plots(out)

@@ -39,32 +39,28 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.functional import affine_grid, cross_entropy, grid_sample, one_hot, softplus
 from torch.optim.swa_utils import AveragedModel
+from torchvision.ops import Permute
 from common import DATASETS, Fault, Misuse, epoch_order, fixed_noise, grid, load_data, sample, save_atomically
 from common import save_gif, save_history, save_pictures, to_batch
 
-class Generator(nn.Module):
+class Generator(nn.Sequential):
     """z and c (B, inputs) -> image (B, img_channels, img_size, img_size) in [-1, 1]; shapes below are of the defaults.
     hidden_channels: from the image inwards. Raises Fault if img_size cannot be halved once for each of them."""
     def __init__(self, inputs=28, img_size=28, img_channels=1, hidden_channels=(64, 128), depth=1, hidden=512):
-        super().__init__()
         factor = 2 ** len(hidden_channels)
         if factor == 1 or img_size % factor:
             raise Fault(f"--img-size {img_size} is not a multiple of {max(factor, 2)}: each hidden channel halves it.")
         *rest, channels = hidden_channels
-        self.start = (img_size // factor, img_size // factor, channels)
+        start = img_size // factor, img_size // factor, channels
         layers = [nn.Linear(inputs, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(True)]  # (B, 512)
-        self.project = nn.Sequential(*layers, nn.Linear(hidden, math.prod(self.start), bias=False))
-        layers = []  # (B, 128, 7, 7)
+        layers += [nn.Linear(hidden, math.prod(start), bias=False), nn.Unflatten(1, start)]  # (B, 7, 7, 128)
+        layers += [Permute([0, 3, 1, 2])]  # (B, 128, 7, 7), channels last in memory, as the convolutions want them
         for width in [*reversed(rest), img_channels]:  # (B, 64, 14, 14), (B, 1, 28, 28)
             convs = [nn.Conv2d(channels, channels, 3, 1, 1, bias=False) for _ in range(depth - 1)]
             for conv in [*convs, nn.ConvTranspose2d(channels, width, 4, 2, 1, bias=False)]:
                 layers += [nn.BatchNorm2d(channels), nn.ReLU(True), conv]
             channels = width
-        self.layers = nn.Sequential(*layers, nn.Tanh())
-
-    def forward(self, z):
-        x = self.project(z).view(-1, *self.start)  # (B, 7, 7, 128)
-        return self.layers(x.permute(0, 3, 1, 2))  # channels last in memory, as the convolutions want them
+        super().__init__(*layers, nn.Tanh())
 
 class Discriminator(nn.Module):
     """image (B, img_channels, img_size, img_size) -> logit l (B,) of D(x) = sigmoid(l), and Q's guesses (B, guesses):
@@ -77,15 +73,15 @@ class Discriminator(nn.Module):
                 batch_norm = [nn.BatchNorm2d(width)] if layers else []  # not on the first
                 layers += [nn.Conv2d(channels, width, 2 + stride, stride, 1), *batch_norm, nn.LeakyReLU(0.2, True)]
                 channels = width
-        self.convs, size = nn.Sequential(*layers), (img_size // 2 ** len(hidden_channels)) ** 2 * channels
-        self.trunk = nn.Sequential(nn.Linear(size, hidden), nn.BatchNorm1d(hidden), nn.LeakyReLU(0.2, True))  # (B, 512)
-        self.classify = nn.Linear(hidden, 1)
-        layers = [nn.Linear(hidden, 128), nn.BatchNorm1d(128), nn.LeakyReLU(0.2, True)]
-        self.guess = nn.Sequential(*layers, nn.Linear(128, guesses))  # Q
+        size = (img_size // 2 ** len(hidden_channels)) ** 2 * channels
+        layers += [Permute([0, 2, 3, 1]), nn.Flatten()]  # (B, 7 * 7 * 128), as in memory
+        layers += [nn.Linear(size, hidden), nn.BatchNorm1d(hidden), nn.LeakyReLU(0.2, True)]  # (B, 512)
+        self.trunk, self.classify = nn.Sequential(*layers), nn.Linear(hidden, 1)  # what D and Q share; D
+        layers = [nn.Linear(hidden, 128), nn.BatchNorm1d(128), nn.LeakyReLU(0.2, True), nn.Linear(128, guesses)]
+        self.guess = nn.Sequential(*layers)  # Q
 
     def forward(self, x):
-        x = self.convs(x).permute(0, 2, 3, 1).flatten(1)  # (B, 7 * 7 * 128), in the order in which they lie in memory
-        x = self.trunk(x)  # (B, 512), what D and Q share
+        x = self.trunk(x)
         return self.classify(x).squeeze(1).float(), self.guess(x).float()  # (B,), (B, guesses)
 
 def discriminator_loss(logits_real, logits_fake):
@@ -131,8 +127,7 @@ def best_matching(table):
         return max(((fit + n, (label, *labels)) for (fit, labels), n, label in ways), default=(0, ()))
     return best(frozenset(range(len(table))))
 
-def number(kind, low, high=math.inf):
-    """A type for argparse: an int or a float from low to high."""
+def number(kind, low, high=math.inf):  # a type for argparse: an int or a float from low to high
     def number(text):
         if low <= kind(text) <= high:
             return kind(text)
@@ -182,7 +177,7 @@ def parse_args(argv=None, known=None):
     info("--info-weight-cont", type=amount, default=0.3, help="weight of the bound for numbers (%(default)s)")
     info("--augment", type=share, default=0.25, help="how far to distort for Q (%(default)s)")
     args = parser.parse_args(argv, known)
-    args.out = args.out or f"runs/infogan-{args.dataset}"
+    args.script, args.out = "infogan", args.out or f"runs/infogan-{args.dataset}"
     return args
 
 def pick_device(args):
@@ -192,9 +187,9 @@ def pick_device(args):
         device = torch.zeros(1, device=best if args.device == "auto" else args.device).device
     except (RuntimeError, AssertionError) as error:
         raise Misuse(f"--device {args.device} cannot be used here: {str(error).partition('.')[0]}.") from error
-    has = {"bf16": False} | (getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {})
-    cuda = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)  # emulated it is slow
-    return device, {"bf16": True, "fp32": False}.get(args.precision, cuda or has.get("avx512_bf16", has["bf16"]))
+    has = torch.cpu.get_capabilities() if device.type == "cpu" else {"bf16": torch.cuda.is_bf16_supported(False)}
+    native = has.get("avx512_bf16", has.get("bf16", False))  # emulated it would be slow
+    return device, {"bf16": True, "fp32": False}.get(args.precision, native)
 
 def open_run(args, argv):
     """The checkpoint in args.out, its flags put into args; None for a new run. Raises Misuse or Fault."""
@@ -205,16 +200,14 @@ def open_run(args, argv):
         return None
     try:
         run = torch.load(path, map_location="cpu", weights_only=True)
-        script, flags = run["script"], run["args"] | {"out": args.out, "max_steps": None}
+        flags = run["args"] | {"out": args.out, "max_steps": None}
         vars(args).update(vars(parse_args(argv, argparse.Namespace(**flags))))
     except Exception as error:  # torch.load raises many kinds for a file that is not a checkpoint
         raise Fault(f"{path} is missing or damaged: name another folder, or start with --overwrite.") from error
-    if script != "infogan":
-        raise Misuse(f"{path} is a run of {script}.py: resume it with that, or name another folder with --out.")
     free = {"epochs", "max_steps", "device", "data_dir", "out", "overwrite", "resume", "sample", args.sample and "seed"}
     for name, value in flags.items():
         if getattr(args, name) != value and name not in free:
-            raise Misuse(f"--{name.replace('_', '-')} contradicts the run in {args.out}, which has {value}: omit it.")
+            raise Misuse(f"{path} has --{name.replace('_', '-')} {value}: leave it as it is, or change --out.")
     return run
 
 def build(args):
@@ -284,23 +277,19 @@ def save_plots(out):
     """losses.png: the curves of log.csv, each with its running mean."""
     log = np.atleast_1d(np.genfromtxt(out / "log.csv", delimiter=",", names=True))
     figure, n = Figure(figsize=(13, 7), layout="constrained"), len(log) // 40 + 1  # rows in the running mean
-    panels = figure.subplots(2, 3).flat
-    curves = {"loss_d": "D", "loss_g": "G", "d_real": "D(x), real", "d_fake": "D(G(z)), fake", "grad_norm_d": "D"}
-    curves |= {"grad_norm_g": "G", "info_cat": "categories", "info_cont": "continuous codes"}
-    curves |= {"code_accuracy": "category of fakes: accuracy", "cluster_error": "held-out pictures: error"}
-    for i, (column, label) in enumerate(curves.items() if log.size else []):
-        x, y, panel, colour = log["step"], log[column], panels[i // 2], f"C{i % 2}"
-        panel.plot(x, y, colour, alpha=0.25)
-        panel.plot(x[n - 1 :], np.convolve(y, np.ones(n) / n, "valid"), colour, label=label)
-        panel.locator_params("x", nbins=5)
-        panel.legend()
-    panels[0].set(title="Loss", ylabel="loss")
-    panels[1].set(title="What D thinks: 0.5 is a draw", ylabel="probability of being real", ylim=(0, 1))
-    panels[2].set(title="Gradient norm", ylabel="L2 norm of all gradients", yscale="log")
-    panels[3].set(title="What the picture tells of its code", ylabel="lower bound of the information, nats")
-    panels[4].set(title="Q's guesses", ylabel="share", ylim=(0, 1))
-    panels[5].axis("off")
-    figure.supxlabel("step (generator updates)")
+    panels = [("loss_d loss_g", "Loss", "loss", {})]
+    panels += [("d_real d_fake", "What D thinks: 0.5 is a draw", "probability of being real", {"ylim": (0, 1)})]
+    panels += [("info_cat info_cont", "What the picture tells of its code", "information in nats, lower bound", {})]
+    panels += [("code_accuracy cluster_error", "Q's guesses", "share", {"ylim": (0, 1)})]
+    panels += [("grad_norm_d grad_norm_g", "Gradient norm", "L2 norm of all gradients", {"yscale": "log"})]
+    for axes, (columns, title, ylabel, more) in zip(figure.subplots(2, 3).flat, panels, strict=False):
+        for i, column in enumerate(columns.split() if log.size else []):
+            axes.plot(log["step"], log[column], f"C{i}", alpha=0.25)
+            axes.plot(log["step"][n - 1 :], np.convolve(log[column], np.ones(n) / n, "valid"), f"C{i}", label=column)
+            axes.legend()
+        axes.locator_params("x", nbins=5)
+        axes.set(title=title, xlabel="step (generator updates)", ylabel=ylabel, **more)
+    figure.axes[5].axis("off")
     figure.savefig(out / "losses.png", dpi=100)
 
 def generate(args, run):
@@ -421,7 +410,7 @@ def train(args, run):
             if step % (args.sample_every or steps_per_epoch) == 0 or (epoch == 0 and step & (step - 1) == 0):
                 imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed)))
             if epoch_ends or stopping:
-                state = {"script": "infogan", "args": vars(args), "step": step, "epoch": epoch + epoch_ends}
+                state = {"args": vars(args), "step": step, "epoch": epoch + epoch_ends}
                 rest = {name: part.state_dict() for name, part in parts.items()} | {"rng": torch.get_rng_state()}
                 save_atomically(out / "checkpoint.pt", state | rest | {"z_fixed": z_fixed, "cluster_error": error})
                 save_plots(out)

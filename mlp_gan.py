@@ -64,8 +64,7 @@ def generator_loss(logits_fake, loss="nonsaturating"):
     """-log D(G(z)) = softplus(-l); or minimax, log(1 - D(G(z))) = -softplus(l), with slope -D(G(z))."""
     return softplus(-logits_fake).mean() if loss == "nonsaturating" else -softplus(logits_fake).mean()
 
-def number(kind, low, high=math.inf):
-    """A type for argparse: an int or a float from low to high."""
+def number(kind, low, high=math.inf):  # a type for argparse: an int or a float from low to high
     def number(text):
         if low <= kind(text) <= high:
             return kind(text)
@@ -113,7 +112,7 @@ def parse_args(argv=None, known=None):
     trick("--loss", choices=["nonsaturating", "minimax"], default="nonsaturating", help="of G (nonsaturating)")
     trick("--label-smoothing", type=share, default=0, help="real means 1 - this, to D: Salimans 2016, 1606.03498 (off)")
     args = parser.parse_args(argv, known)
-    args.out = args.out or f"runs/mlp_gan-{args.dataset}"
+    args.script, args.out = "mlp_gan", args.out or f"runs/mlp_gan-{args.dataset}"
     return args
 
 def pick_device(args):
@@ -123,9 +122,9 @@ def pick_device(args):
         device = torch.zeros(1, device=best if args.device == "auto" else args.device).device
     except (RuntimeError, AssertionError) as error:
         raise Misuse(f"--device {args.device} cannot be used here: {str(error).partition('.')[0]}.") from error
-    has = {"bf16": False} | (getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {})
-    cuda = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)  # emulated it is slow
-    return device, {"bf16": True, "fp32": False}.get(args.precision, cuda or has.get("avx512_bf16", has["bf16"]))
+    has = torch.cpu.get_capabilities() if device.type == "cpu" else {"bf16": torch.cuda.is_bf16_supported(False)}
+    native = has.get("avx512_bf16", has.get("bf16", False))  # emulated it would be slow
+    return device, {"bf16": True, "fp32": False}.get(args.precision, native)
 
 def open_run(args, argv):
     """The checkpoint in args.out, its flags put into args; None for a new run. Raises Misuse or Fault."""
@@ -136,16 +135,14 @@ def open_run(args, argv):
         return None
     try:
         run = torch.load(path, map_location="cpu", weights_only=True)
-        script, flags = run["script"], run["args"] | {"out": args.out, "max_steps": None}
+        flags = run["args"] | {"out": args.out, "max_steps": None}
         vars(args).update(vars(parse_args(argv, argparse.Namespace(**flags))))
     except Exception as error:  # torch.load raises many kinds for a file that is not a checkpoint
         raise Fault(f"{path} is missing or damaged: name another folder, or start with --overwrite.") from error
-    if script != "mlp_gan":
-        raise Misuse(f"{path} is a run of {script}.py: resume it with that, or name another folder with --out.")
     free = {"epochs", "max_steps", "device", "data_dir", "out", "overwrite", "resume", "sample", args.sample and "seed"}
     for name, value in flags.items():
         if getattr(args, name) != value and name not in free:
-            raise Misuse(f"--{name.replace('_', '-')} contradicts the run in {args.out}, which has {value}: omit it.")
+            raise Misuse(f"{path} has --{name.replace('_', '-')} {value}: leave it as it is, or change --out.")
     return run
 
 def build(args):
@@ -157,17 +154,16 @@ def save_plots(out, gradients):
     """losses.png: the curves of log.csv; gradients.png: the gradients of D's last layer, (epochs, weights), by size."""
     log = np.atleast_1d(np.genfromtxt(out / "log.csv", delimiter=",", names=True))
     figure, n = Figure(figsize=(13, 3.8), layout="constrained"), len(log) // 40 + 1  # rows in the running mean
-    panels = figure.subplots(1, 3)
-    for i, label in enumerate(["D", "G", "D(x), real", "D(G(z)), fake", "D", "G"] if log.size else []):
-        x, y, panel, colour = log["step"], log[log.dtype.names[i + 2]], panels[i // 2], f"C{i % 2}"
-        panel.plot(x, y, colour, alpha=0.25)
-        panel.plot(x[n - 1 :], np.convolve(y, np.ones(n) / n, "valid"), colour, label=label)
-        panel.locator_params("x", nbins=5)
-        panel.legend()
-    panels[0].set(title="Loss", ylabel="loss")
-    panels[1].set(title="What D thinks: 0.5 is a draw", ylabel="probability of being real", ylim=(0, 1))
-    panels[2].set(title="Gradient norm", ylabel="L2 norm of all gradients", yscale="log")
-    figure.supxlabel("step (generator updates)")
+    panels = [("loss_d loss_g", "Loss", "loss", {})]
+    panels += [("d_real d_fake", "What D thinks: 0.5 is a draw", "probability of being real", {"ylim": (0, 1)})]
+    panels += [("grad_norm_d grad_norm_g", "Gradient norm", "L2 norm of all gradients", {"yscale": "log"})]
+    for axes, (columns, title, ylabel, more) in zip(figure.subplots(1, 3), panels, strict=True):
+        for i, column in enumerate(columns.split() if log.size else []):
+            axes.plot(log["step"], log[column], f"C{i}", alpha=0.25)
+            axes.plot(log["step"][n - 1 :], np.convolve(log[column], np.ones(n) / n, "valid"), f"C{i}", label=column)
+            axes.legend()
+        axes.locator_params("x", nbins=5)
+        axes.set(title=title, xlabel="step (generator updates)", ylabel=ylabel, **more)
     figure.savefig(out / "losses.png", dpi=100)
     figure, every = Figure(figsize=(8, 5), layout="constrained"), len(gradients) // 12 + 1
     axes, epochs = figure.subplots(), range(1, len(gradients) + 1, every)
@@ -256,8 +252,8 @@ def train(args, run):
             if epoch_ends or stopping or step % args.log_every == 0:
                 speed = (step - first) / (time.time() - started)  # steps a second
                 row = [loss_d, loss_g, logits_real.sigmoid().mean(), logits_fake.sigmoid().mean(), norm_d, norm_g]
-                row = torch.stack(row).tolist() + [speed * batch_size * args.d_steps]
-                row += [(logits_real > 0).float().mean().item(), (logits_fake < 0).float().mean().item()]
+                row = torch.stack([*row, (logits_real > 0).float().mean(), (logits_fake < 0).float().mean()]).tolist()
+                row.insert(6, speed * batch_size * args.d_steps)
                 for name, value in zip(log[0].split(",")[2:], row, strict=True):
                     if not math.isfinite(value):
                         raise Fault(f"{name} is {value} at step {step}; the last checkpoint is kept. Try a lower rate.")
@@ -271,7 +267,7 @@ def train(args, run):
             if step % (args.sample_every or steps_per_epoch) == 0 or (epoch == 0 and step & (step - 1) == 0):
                 imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed)))
             if epoch_ends or stopping:
-                state = {"script": "mlp_gan", "args": vars(args), "step": step, "epoch": epoch + epoch_ends}
+                state = {"args": vars(args), "step": step, "epoch": epoch + epoch_ends}
                 gradients = torch.cat([gradients, D[-2].weight.grad.cpu()])[: epoch + epoch_ends]  # whole epochs
                 rest = {name: part.state_dict() for name, part in parts.items()} | {"rng": torch.get_rng_state()}
                 save_atomically(out / "checkpoint.pt", state | rest | {"z_fixed": z_fixed, "gradients": gradients})

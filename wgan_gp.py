@@ -41,39 +41,38 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim.swa_utils import AveragedModel
+from torchvision.ops import Permute
 from common import DATASETS, Fault, Misuse, epoch_order, fixed_noise, grid, load_data, sample, save_atomically
 from common import save_history, save_pictures, to_batch
 
 class LeakyReLU(nn.LeakyReLU):
-    """The greater of x and slope * x. The factor is a constant to autograd: that of torch gives the penalty zeros for a
-    second derivative, which are then taken back through all layers before it, a seventh of the time of a step."""
+    """Its slope is a constant to autograd: torch's gives the penalty zeros, and takes them back through all layers."""
     def forward(self, x):
-        factor = torch.copysign(x.new_full((), (1 - self.negative_slope) / 2), x.detach())
-        return x * factor.add_((1 + self.negative_slope) / 2)  # times 1 or slope
+        factor = x.detach().sign().clamp_(min=self.negative_slope)  # 1 or slope
+        return x.mul_(factor) if self.inplace else x * factor
 
 class ResBlock(nn.Module):
     """(B, size_in, H, W) -> (B, size_out, H', W'), twice norm, ReLU, convolution, and a skip connection around them."""
     def __init__(self, size_in, size_out, norm, up=(), down=()):
         super().__init__()
-        convs = nn.Conv2d(size_in, size_out, 3, 1, 1), nn.Conv2d(size_out, size_out, 3, 1, 1)
-        layers = [norm(size_in), LeakyReLU(0), *up, convs[0], norm(size_out), LeakyReLU(0), convs[1], *down]
-        self.main = nn.Sequential(*layers)
+        layers = [norm(size_in), LeakyReLU(0), *up, nn.Conv2d(size_in, size_out, 3, 1, 1), norm(size_out), LeakyReLU(0)]
+        self.main = nn.Sequential(*layers, nn.Conv2d(size_out, size_out, 3, 1, 1), *down)
         self.skip = nn.Sequential(*down, nn.Conv2d(size_in, size_out, 1), *up)
 
     def forward(self, x):
         return self.main(x) + self.skip(x)
 
-class Generator(nn.Module):
+class Generator(nn.Sequential):
     """z (B, latent_dim) -> image (B, img_channels, img_size, img_size) in [-1, 1]; shapes below are of the defaults.
     hidden_channels: from the image inwards. Raises Fault if img_size cannot be halved once for each of them."""
     def __init__(self, latent_dim=100, img_size=28, img_channels=1, hidden_channels=(64, 128), depth=1, arch="conv"):
-        super().__init__()
         factor = 2 ** len(hidden_channels)
         if factor == 1 or img_size % factor:
             raise Fault(f"--img-size {img_size} is not a multiple of {max(factor, 2)}: each hidden channel halves it.")
         *widths, channels = (img_channels if arch == "conv" else hidden_channels[0]), *hidden_channels
-        self.start = (img_size // factor, img_size // factor, channels)
-        self.project, layers = nn.Linear(latent_dim, math.prod(self.start), bias=False), []  # (B, 7 * 7 * 128)
+        start = img_size // factor, img_size // factor, channels
+        layers = [nn.Linear(latent_dim, math.prod(start), bias=False), nn.Unflatten(1, start)]  # (B, 7, 7, 128)
+        layers += [Permute([0, 3, 1, 2])]  # (B, 128, 7, 7), channels last in memory, as the convolutions want them
         for width in reversed(widths):  # (B, 64, 14, 14), (B, 1, 28, 28); resnet (B, 64, 28, 28)
             if arch == "resnet":
                 layers += [ResBlock(channels, width, nn.BatchNorm2d, up=[nn.Upsample(scale_factor=2)])]
@@ -84,11 +83,7 @@ class Generator(nn.Module):
             channels = width
         if arch == "resnet":
             layers += [nn.BatchNorm2d(channels), nn.ReLU(True), nn.Conv2d(channels, img_channels, 3, 1, 1)]
-        self.layers = nn.Sequential(*layers, nn.Tanh())
-
-    def forward(self, z):
-        x = self.project(z).view(-1, *self.start)  # (B, 7, 7, 128)
-        return self.layers(x.permute(0, 3, 1, 2))  # channels last in memory, as the convolutions want them
+        super().__init__(*layers, nn.Tanh())
 
 class Critic(nn.Module):
     """image (B, img_channels, img_size, img_size) -> score (B,). Batch norm would mix the slopes of the pictures."""
@@ -103,16 +98,17 @@ class Critic(nn.Module):
             else:
                 convs = [nn.Conv2d(width, width, 3, 1, 1) for _ in range(depth - 1)]
                 for conv in [nn.Conv2d(channels, width, 4, 2, 1), *convs]:
-                    layers += [conv, norm(width), LeakyReLU(0.2)]
+                    layers += [conv, norm(width), LeakyReLU(0.2, True)]
             channels = width
-        self.layers = nn.Sequential(*layers, LeakyReLU(0) if arch == "resnet" else nn.Identity())
+        layers += [LeakyReLU(0)] if arch == "resnet" else []
+        self.layers = nn.Sequential(*layers, Permute([0, 2, 3, 1]), nn.Flatten())  # (B, 7 * 7 * 128), as in memory
         self.score = nn.Linear((img_size // 2 ** len(hidden_channels)) ** 2 * channels, 1, bias=False)
         if spectral:
             self.apply(lambda layer: spectral_norm(layer) if isinstance(layer, (nn.Conv2d, nn.Linear)) else layer)
 
     def forward(self, x):
-        x = self.layers(x).permute(0, 2, 3, 1).flatten(1)  # (B, 7 * 7 * 128), in the order in which they lie in memory
-        return (x.float() * self.score.weight).sum(1)  # (B,), in fp32: a score may drift to where bf16 has no fractions
+        x = self.layers(x).float()  # fp32 from here on: a score may drift to where bf16 has no fractions
+        return (x * self.score.weight).sum(1)  # (B,)
 
 def critic_loss(scores_real, scores_fake):
     """mean D(G(z)) - mean D(x): the critic's estimate of the Wasserstein distance, with a minus."""
@@ -133,8 +129,7 @@ def gradient_penalty(critic, x_real, x_fake):
     """mean (|grad D(x)| - 1)^2, unweighted: Gulrajani et al. 2017, 1704.00028, equation 3."""
     return (slopes(critic, x_real, x_fake) - 1).square().mean()
 
-def number(kind, low, high=math.inf):
-    """A type for argparse: an int or a float from low to high."""
+def number(kind, low, high=math.inf):  # a type for argparse: an int or a float from low to high
     def number(text):
         if low <= kind(text) <= high:
             return kind(text)
@@ -183,7 +178,7 @@ def parse_args(argv=None, known=None):
     lipschitz("--clip-value", type=amount, default=0.05, help="bound of each weight of D with clip (%(default)s)")
     lipschitz("--critic-steps", type=count, default=5, help="D updates for each update of G (%(default)s)")
     args = parser.parse_args(argv, known)
-    args.out = args.out or f"runs/wgan_gp-{args.dataset}"
+    args.script, args.out = "wgan_gp", args.out or f"runs/wgan_gp-{args.dataset}"
     args.critic_norm = args.critic_norm or ("layer" if args.lipschitz == "clip" else "none")
     args.lr_d = (1e-3 if args.lipschitz == "gp" else 2e-4) if args.lr_d is None else args.lr_d
     return args
@@ -195,9 +190,9 @@ def pick_device(args):
         device = torch.zeros(1, device=best if args.device == "auto" else args.device).device
     except (RuntimeError, AssertionError) as error:
         raise Misuse(f"--device {args.device} cannot be used here: {str(error).partition('.')[0]}.") from error
-    has = {"bf16": False} | (getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {})
-    cuda = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)  # emulated it is slow
-    return device, {"bf16": True, "fp32": False}.get(args.precision, cuda or has.get("avx512_bf16", has["bf16"]))
+    has = torch.cpu.get_capabilities() if device.type == "cpu" else {"bf16": torch.cuda.is_bf16_supported(False)}
+    native = has.get("avx512_bf16", has.get("bf16", False))  # emulated it would be slow
+    return device, {"bf16": True, "fp32": False}.get(args.precision, native)
 
 def open_run(args, argv):
     """The checkpoint in args.out, its flags put into args; None for a new run. Raises Misuse or Fault."""
@@ -208,16 +203,14 @@ def open_run(args, argv):
         return None
     try:
         run = torch.load(path, map_location="cpu", weights_only=True)
-        script, flags = run["script"], run["args"] | {"out": args.out, "max_steps": None}
+        flags = run["args"] | {"out": args.out, "max_steps": None}
         vars(args).update(vars(parse_args(argv, argparse.Namespace(**flags))))
     except Exception as error:  # torch.load raises many kinds for a file that is not a checkpoint
         raise Fault(f"{path} is missing or damaged: name another folder, or start with --overwrite.") from error
-    if script != "wgan_gp":
-        raise Misuse(f"{path} is a run of {script}.py: resume it with that, or name another folder with --out.")
     free = {"epochs", "max_steps", "device", "data_dir", "out", "overwrite", "resume", "sample", args.sample and "seed"}
     for name, value in flags.items():
         if getattr(args, name) != value and name not in free:
-            raise Misuse(f"--{name.replace('_', '-')} contradicts the run in {args.out}, which has {value}: omit it.")
+            raise Misuse(f"{path} has --{name.replace('_', '-')} {value}: leave it as it is, or change --out.")
     return run
 
 def build(args):
@@ -229,19 +222,17 @@ def save_plots(out):
     """losses.png: the curves of log.csv, each with its running mean."""
     log = np.atleast_1d(np.genfromtxt(out / "log.csv", delimiter=",", names=True))
     figure, n = Figure(figsize=(13, 3.8), layout="constrained"), len(log) // 40 + 1  # rows in the running mean
-    panels = figure.subplots(1, 3)
-    curves = {"wasserstein": "last batch", "wasserstein_heldout": "held-out pictures", "critic_grad_norm": "slope"}
-    curves |= {"gradient_penalty": "penalty, unweighted", "grad_norm_d": "D", "grad_norm_g": "G"}
-    for i, (column, label) in enumerate(curves.items() if log.size else []):
-        x, y, panel, colour = log["step"], log[column], panels[i // 2], f"C{i % 2}"
-        panel.plot(x, y, colour, alpha=0.25)
-        panel.plot(x[n - 1 :], np.convolve(y, np.ones(n) / n, "valid"), colour, label=label)
-        panel.locator_params("x", nbins=5)
-        panel.legend()
-    panels[0].set(title="Wasserstein estimate: how far off G is", ylabel="E D(x) - E D(G(z))", ylim=(0, None))
-    panels[1].set(title="The critic's slope: gp wants 1", ylabel="|grad D|", ylim=(0, None))
-    panels[2].set(title="Gradient norm", ylabel="L2 norm of all gradients", yscale="log")
-    figure.supxlabel("step (generator updates)")
+    panels, positive = [], {"ylim": (0, None)}
+    panels += [("wasserstein wasserstein_heldout", "Wasserstein distance, estimated", "E D(x) - E D(G(z))", positive)]
+    panels += [("critic_grad_norm gradient_penalty", "The critic's slope: gp wants 1", "|grad D|", positive)]
+    panels += [("grad_norm_d grad_norm_g", "Gradient norm", "L2 norm of all gradients", {"yscale": "log"})]
+    for axes, (columns, title, ylabel, more) in zip(figure.subplots(1, 3), panels, strict=True):
+        for i, column in enumerate(columns.split() if log.size else []):
+            axes.plot(log["step"], log[column], f"C{i}", alpha=0.25)
+            axes.plot(log["step"][n - 1 :], np.convolve(log[column], np.ones(n) / n, "valid"), f"C{i}", label=column)
+            axes.legend()
+        axes.locator_params("x", nbins=5)
+        axes.set(title=title, xlabel="step (generator updates)", ylabel=ylabel, **more)
     figure.savefig(out / "losses.png", dpi=100)
 
 def generate(args, run):
@@ -336,8 +327,8 @@ def train(args, run):
                     slope = slopes(D, x_real, x_fake).detach()  # (B,)
                     real, heldout, fake = (D(x).mean() for x in (x_real, to_batch(images, held_out, device), x_fake))
                 D.train()
-                row = [loss_d, loss_g, norm_d, norm_g, real - fake, heldout - fake]
-                row = torch.stack([*row, (slope - 1).square().mean(), slope.mean()]).tolist()
+                row = [loss_d, loss_g, norm_d, norm_g, real - fake, heldout - fake, (slope - 1).square().mean()]
+                row = torch.stack([*row, slope.mean()]).tolist()
                 row.insert(4, speed * batch_size * args.critic_steps)
                 for name, value in zip(log[0].split(",")[2:], row, strict=True):
                     if not math.isfinite(value):
@@ -352,7 +343,7 @@ def train(args, run):
             if step % (args.sample_every or steps_per_epoch) == 0 or (epoch == 0 and step & (step - 1) == 0):
                 imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed)))
             if epoch_ends or stopping:
-                state = {"script": "wgan_gp", "args": vars(args), "step": step, "epoch": epoch + epoch_ends}
+                state = {"args": vars(args), "step": step, "epoch": epoch + epoch_ends}
                 rest = {name: part.state_dict() for name, part in parts.items()} | {"rng": torch.get_rng_state()}
                 save_atomically(out / "checkpoint.pt", state | rest | {"z_fixed": z_fixed})
                 save_plots(out)

@@ -140,7 +140,8 @@ def draw(path, n):
     """n samples, uint8 (n, C, H, W), of the G in a checkpoint (its average) or a snapshot; and its epoch."""
     try:
         run = torch.load(path, map_location="cpu", weights_only=True)
-        script, args = importlib.import_module(run["script"]), argparse.Namespace(**run["args"])
+        args = argparse.Namespace(**run["args"])
+        script = importlib.import_module(args.script)
         G, weights = script.build(args)[0], run.get("G_ema", run["G"])
         G.load_state_dict({k.removeprefix("module."): weights[k] for k in weights if k != "n_averaged"})
     except Exception as error:  # torch.load raises many kinds for a file that is not a checkpoint

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
+from torchvision.ops import Permute
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import Data  # noqa: E402
@@ -151,10 +152,11 @@ def measure(name, flags, data, steps, rounds):
             loss_d, loss_g = losses(script, args)
             if precision == "bf16":
                 G, D = script.build(args)
-                if hasattr(G, "layers"):  # the script's G lies channels last from its first layer on
-                    G.layers.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
-                for layer in [*G.modules(), *D.modules()] if name == "wgan_gp" else ():
-                    layer.__class__ = nn.LeakyReLU if isinstance(layer, script.LeakyReLU) else layer.__class__
+                for layer in [*G.modules(), *D.modules()]:
+                    if isinstance(layer, Permute):  # the script's G lies channels last from there on
+                        layer.register_forward_hook(lambda _, inputs, output: output.contiguous())
+                    if isinstance(layer, nn.LeakyReLU):  # wgan_gp.py has its own
+                        layer.__class__ = nn.LeakyReLU
                 adam = [torch.optim.Adam(net.parameters(), 1e-4, (0.5, 0.9)) for net in (G, D)]
                 parts = (G, D, *adam, x, new_z, loss_d, loss_g, rest)
                 plain = seconds(lambda: plain_step(*parts), steps)  # noqa: B023
