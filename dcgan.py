@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.functional import relu, softplus
 from torch.nn.utils.parametrizations import spectral_norm
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.ops import Permute
 from common import DATASETS, Fault, Misuse, epoch_order, fixed_noise, grid, load_data, sample, save_atomically
 from common import save_gif, save_history, save_pictures, to_batch
@@ -262,7 +262,7 @@ def train(args, run):
     args.hidden_channels = args.hidden_channels or [32 // args.depth << n for n in halvings]  # what a laptop can do
     torch.manual_seed(args.seed)
     G, D = (network.to(device, memory_format=torch.channels_last) for network in build(args))
-    G_ema = AveragedModel(G, avg_fn=lambda mean, now, _: now.lerp(mean, min(args.ema, (1 + step) / (10 + step))))
+    G_ema = AveragedModel(G)
     opt_g = torch.optim.Adam(G.parameters(), args.lr_g, args.betas, args.adam_eps, fused=True)
     opt_d = torch.optim.Adam(D.parameters(), args.lr_d, args.betas, args.adam_eps, fused=True)
     parts = {"G": G, "D": D, "G_ema": G_ema, "opt_g": opt_g, "opt_d": opt_d}
@@ -295,10 +295,12 @@ def train(args, run):
         x = x + args.instance_noise * (1 - step / last_step) * torch.randn_like(x) if args.instance_noise else x
         return D(diffaugment(x) if args.diffaugment else x)
     first, stop, started = step, [], time.time()
-    ctrl_c = signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # finish the step, then save
+    ctrl_c = signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # one more step, then save
     try:
         for step in range(first + 1, last_step + 1):
             epoch, i = divmod(step - 1, steps_per_epoch)
+            epoch_ends, stopping = i + 1 == steps_per_epoch, step == last_step or bool(stop)
+            logging = epoch_ends or stopping or step % args.log_every == 0
             fade = (1 + math.cos(math.pi * (step - 1) / last_step)) / 2 if args.lr_schedule == "cosine" else 1
             opt_g.param_groups[0]["lr"], opt_d.param_groups[0]["lr"] = args.lr_g * fade, args.lr_d * fade
             # (1) D step: maximise log D(x) + log(1 - D(G(z)))
@@ -314,7 +316,8 @@ def train(args, run):
                 loss_d = discriminator_loss(*logits, args.loss, args.label_smoothing)
                 opt_d.zero_grad()
                 (loss_d + args.r1 / 2 * r1_penalty(logits_real, x_real) if args.r1 else loss_d).backward()
-                norm_d = nn.utils.clip_grad_norm_(D.parameters(), args.clip_grad_norm or math.inf)
+                if logging or args.clip_grad_norm:
+                    norm_d = nn.utils.clip_grad_norm_(D.parameters(), args.clip_grad_norm or math.inf)
                 opt_d.step()
             # (2) G step: maximise log D(G(z)) for the same z; the gradient passes through D, whose weights are frozen
             D.requires_grad_(False)
@@ -325,12 +328,13 @@ def train(args, run):
                 loss_g = generator_loss(logits, args.loss)
                 opt_g.zero_grad()
                 loss_g.backward()
-                norm_g = nn.utils.clip_grad_norm_(G.parameters(), args.clip_grad_norm or math.inf)
+                if logging or args.clip_grad_norm:
+                    norm_g = nn.utils.clip_grad_norm_(G.parameters(), args.clip_grad_norm or math.inf)
                 opt_g.step()
+            G_ema.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema, (1 + step) / (10 + step)))  # forgets the start
             G_ema.update_parameters(G)  # averages the parameters, copies the buffers; with --ema 0 it is G
             # (3) log, sample, save
-            epoch_ends, stopping = i + 1 == steps_per_epoch, step == last_step or bool(stop)
-            if epoch_ends or stopping or step % args.log_every == 0:
+            if logging:
                 speed = (step - first) / (time.time() - started)  # steps a second
                 row = [loss_d, loss_g, logits_real.sigmoid().mean(), logits_fake.sigmoid().mean(), norm_d, norm_g]
                 row = torch.stack(row).tolist() + [speed * batch_size * args.d_steps]

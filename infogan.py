@@ -38,7 +38,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.functional import affine_grid, cross_entropy, grid_sample, one_hot, softplus
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.ops import Permute
 from common import DATASETS, Fault, Misuse, epoch_order, fixed_noise, grid, load_data, sample, save_atomically
 from common import save_gif, save_history, save_pictures, to_batch
@@ -314,7 +314,7 @@ def train(args, run):
     args.hidden_channels = args.hidden_channels or [32 // args.depth << n for n in halvings]  # what a laptop can do
     torch.manual_seed(args.seed)
     G, D = (network.to(device, memory_format=torch.channels_last) for network in build(args))
-    G_ema = AveragedModel(G, avg_fn=lambda mean, now, _: now.lerp(mean, min(args.ema, (1 + step) / (10 + step))))
+    G_ema = AveragedModel(G)
     opt_g = torch.optim.Adam(G.parameters(), args.lr_g, args.betas, args.adam_eps, fused=True)
     opt_d = torch.optim.Adam(D.parameters(), args.lr_d, args.betas, args.adam_eps, fused=True)
     parts = {"G": G, "D": D, "G_ema": G_ema, "opt_g": opt_g, "opt_d": opt_d}
@@ -355,10 +355,12 @@ def train(args, run):
             guesses[:half, : sum(sizes)] = D(augment(x[:half], args.augment))[1][:, : sum(sizes)]
         return logits, guesses
     first, stop, started = step, [], time.time()
-    ctrl_c = signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # finish the step, then save
+    ctrl_c = signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # one more step, then save
     try:
         for step in range(first + 1, last_step + 1):
             epoch, i = divmod(step - 1, steps_per_epoch)
+            epoch_ends, stopping = i + 1 == steps_per_epoch, step == last_step or bool(stop)
+            logging = epoch_ends or stopping or step % args.log_every == 0
             fade = (1 + math.cos(math.pi * (step - 1) / last_step)) / 2 if args.lr_schedule == "cosine" else 1
             opt_g.param_groups[0]["lr"], opt_d.param_groups[0]["lr"] = args.lr_g * fade, args.lr_d * fade
             # (1) D step: maximise log D(x) + log(1 - D(G(z, c))) + weight L
@@ -374,7 +376,8 @@ def train(args, run):
             info_cat, info_cont = information(guesses, c, sizes, args.continuous_variance)
             opt_d.zero_grad()
             (loss_d - args.info_weight_cat * info_cat - args.info_weight_cont * info_cont).backward()
-            norm_d = nn.utils.clip_grad_norm_(D.parameters(), args.clip_grad_norm or math.inf)
+            if logging or args.clip_grad_norm:
+                norm_d = nn.utils.clip_grad_norm_(D.parameters(), args.clip_grad_norm or math.inf)
             opt_d.step()
             # (2) G step: maximise log D(G(z, c)) + weight L for the same z and c, with D and Q frozen
             D.requires_grad_(False)
@@ -384,12 +387,13 @@ def train(args, run):
             info_cat, info_cont = information(guesses, c, sizes, args.continuous_variance)
             opt_g.zero_grad()
             (loss_g - args.info_weight_cat * info_cat - args.info_weight_cont * info_cont).backward()
-            norm_g = nn.utils.clip_grad_norm_(G.parameters(), args.clip_grad_norm or math.inf)
+            if logging or args.clip_grad_norm:
+                norm_g = nn.utils.clip_grad_norm_(G.parameters(), args.clip_grad_norm or math.inf)
             opt_g.step()
+            G_ema.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema, (1 + step) / (10 + step)))  # forgets the start
             G_ema.update_parameters(G)  # averages the parameters, copies the buffers; with --ema 0 it is G
             # (3) log, sample, save
-            epoch_ends, stopping = i + 1 == steps_per_epoch, step == last_step or bool(stop)
-            if epoch_ends or stopping or step % args.log_every == 0:
+            if logging:
                 speed = (step - first) / (time.time() - started)  # steps a second
                 row = [loss_d, loss_g, logits_real.sigmoid().mean(), logits_fake.sigmoid().mean(), norm_d, norm_g]
                 right = guesses[:, : sizes[0]].argmax(1) == c[:, : sizes[0]].argmax(1)

@@ -306,7 +306,7 @@ def test_nothing_that_is_not_of_a_run_is_deleted(script, pictures):
     assert Path("r/samples/cat.png").read_bytes() == b"mine"
 
 
-def test_ctrl_c_finishes_the_step_saves_and_can_be_resumed(script, pictures, monkeypatch):
+def test_ctrl_c_makes_one_more_step_saves_and_can_be_resumed(script, pictures, monkeypatch):
     run_on_pictures(script, pictures, "whole", "--epochs", 2)
     calls, generator_loss = [], script.generator_loss
 
@@ -320,7 +320,7 @@ def test_ctrl_c_finishes_the_step_saves_and_can_be_resumed(script, pictures, mon
     before = signal.getsignal(signal.SIGINT)
     assert run_on_pictures(script, pictures, "parts", "--epochs", 2) == 0
     assert signal.getsignal(signal.SIGINT) is before
-    assert checkpoint("parts")["step"] == 4
+    assert checkpoint("parts")["step"] == 5
     assert Path("parts/samples.gif").exists()
     script.main(["--out", "parts", "--resume"])
     same_run("whole", "parts")
@@ -1960,8 +1960,9 @@ def test_speed_times_the_script_and_what_it_is_compared_with(name):
     data = common.Data(torch.randint(256, (200, 1, 28, 28), dtype=torch.uint8))
     found = speed.measure(name, " ".join(TINY[name]), data, steps=2, rounds=1)
     assert list(found) == ["bf16", "fp32"]
-    for columns in found.values():
-        assert all(0 < value < math.inf for (value,) in columns)
+    for (ratio,), (over,), (adam,), (speed_of_it,) in found.values():
+        assert ratio > 0 < speed_of_it
+        assert math.isfinite(over + adam)  # differences: below 0 if the machine was busy
 
 
 @pytest.mark.parametrize("name", ["mlp_gan", "dcgan", "infogan"])

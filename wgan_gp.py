@@ -40,7 +40,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.ops import Permute
 from common import DATASETS, Fault, Misuse, epoch_order, fixed_noise, grid, load_data, sample, save_atomically
 from common import save_history, save_pictures, to_batch
@@ -253,7 +253,7 @@ def train(args, run):
     args.hidden_channels = args.hidden_channels or [32 // args.depth << n for n in halvings]  # what a laptop can do
     torch.manual_seed(args.seed)
     G, D = (network.to(device, memory_format=torch.channels_last) for network in build(args))
-    G_ema = AveragedModel(G, avg_fn=lambda mean, now, _: now.lerp(mean, min(args.ema, (1 + step) / (10 + step))))
+    G_ema = AveragedModel(G)
     adam = partial(torch.optim.Adam, betas=args.betas, fused=True) if args.lipschitz != "clip" else torch.optim.RMSprop
     opt_g, opt_d = (adam(net.parameters(), lr, eps=args.adam_eps) for net, lr in ((G, args.lr_g), (D, args.lr_d)))
     parts = {"G": G, "D": D, "G_ema": G_ema, "opt_g": opt_g, "opt_d": opt_d}
@@ -286,10 +286,12 @@ def train(args, run):
     (out / "args.json").write_text(json.dumps(vars(args) | facts, indent=2) + "\n")
     print(f"{len(images):,} pictures {tuple(images.shape[1:])}, parameters {sizes}, {facts['on']}, {out}", flush=True)
     first, stop, started = step, [], time.time()
-    ctrl_c = signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # finish the step, then save
+    ctrl_c = signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # one more step, then save
     try:
         for step in range(first + 1, last_step + 1):
             epoch, i = divmod(step - 1, steps_per_epoch)
+            epoch_ends, stopping = i + 1 == steps_per_epoch, step == last_step or bool(stop)
+            logging = epoch_ends or stopping or step % args.log_every == 0
             fade = (1 + math.cos(math.pi * (step - 1) / last_step)) / 2 if args.lr_schedule == "cosine" else 1
             opt_g.param_groups[0]["lr"], opt_d.param_groups[0]["lr"] = args.lr_g * fade, args.lr_d * fade
             # (1) D steps: maximise E D(x) - E D(G(z)) under the constraint; W is a maximum over D, hence several steps
@@ -305,7 +307,8 @@ def train(args, run):
                         loss_d = loss_d + args.gp_weight * gradient_penalty(D, x_real, x_fake)
                 opt_d.zero_grad()
                 loss_d.backward()
-                norm_d = nn.utils.clip_grad_norm_(D.parameters(), args.clip_grad_norm or math.inf)
+                if logging or args.clip_grad_norm:
+                    norm_d = nn.utils.clip_grad_norm_(D.parameters(), args.clip_grad_norm or math.inf)
                 opt_d.step()
                 for weight in D.parameters() if args.lipschitz == "clip" else ():
                     weight.data.clamp_(-args.clip_value, args.clip_value)
@@ -315,12 +318,13 @@ def train(args, run):
                 loss_g = generator_loss(D(G(torch.randn(batch_size, args.latent_dim, device=device))))
             opt_g.zero_grad()
             loss_g.backward()
-            norm_g = nn.utils.clip_grad_norm_(G.parameters(), args.clip_grad_norm or math.inf)
+            if logging or args.clip_grad_norm:
+                norm_g = nn.utils.clip_grad_norm_(G.parameters(), args.clip_grad_norm or math.inf)
             opt_g.step()
+            G_ema.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema, (1 + step) / (10 + step)))  # forgets the start
             G_ema.update_parameters(G)  # averages the parameters, copies the buffers; with --ema 0 it is G
             # (3) log, sample, save
-            epoch_ends, stopping = i + 1 == steps_per_epoch, step == last_step or bool(stop)
-            if epoch_ends or stopping or step % args.log_every == 0:
+            if logging:
                 speed = (step - first) / (time.time() - started)  # steps a second
                 D.eval()  # spectral norm improves its estimate at each call in training mode
                 with torch.random.fork_rng(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
