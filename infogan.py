@@ -216,33 +216,32 @@ def build(args):
     inputs, guesses = args.latent_dim + n + args.continuous, n + 2 * args.continuous
     return Generator(inputs, *shape), Discriminator(guesses, *shape)
 
+@torch.no_grad()
 def measure(D, data, held_out, args, device):
     """The error of the first categorical code as a classifier of the pictures at held_out; nan if they have no labels.
     Draws factors.png: the table of categories and labels, and what the continuous codes have to do with the factors."""
-    size, n_cat = args.categorical[0], sum(args.categorical)
+    size, numbers = args.categorical[0], args.continuous
     n = max(size, data.labels.max().item() + 1) if data.labels is not None else math.inf
     if n > 16:  # there are 2^n sets of labels
         return math.nan
     D.eval()
-    with torch.no_grad():
-        guesses = torch.cat([D(to_batch(data.images, i, device))[1].cpu() for i in held_out.split(500)])
+    guesses = torch.cat([D(to_batch(data.images, index, device))[1].cpu() for index in held_out.split(500)])
     D.train()
-    categories, means = guesses[:, :size].argmax(1), guesses[:, n_cat : n_cat + args.continuous]  # (N,), (N, C)
-    table = torch.bincount(categories * n + data.labels[held_out], minlength=n * n).view(n, n)
+    table = torch.bincount(guesses[:, :size].argmax(1) * n + data.labels[held_out], minlength=n * n).view(n, n)
     fit, labels = best_matching(table.tolist())
-    error = 1 - fit / len(held_out)
-    rows = [f"category {category} = {label}" for category, label in enumerate(labels[:size])]
-    maps = {f"Held-out pictures by label: error {error:.1%}": (table[:size].numpy(), rows, range(n))}
-    if data.factors and args.continuous:
-        columns = torch.stack([*means.T, *(factor[held_out] for factor in data.factors.values())])  # (C + F, N)
-        r = columns.argsort(1).argsort(1).float().corrcoef().abs()[: args.continuous, args.continuous :]  # (C, F)
-        rows = [f"code {code + 1}" for code in range(args.continuous)]
-        maps["|Rank correlation| of Q's mean and the factor"] = r.numpy(), rows, list(data.factors)
-    figure = Figure(figsize=(7 * len(maps) + 1, 4.5), layout="constrained")
-    panels = figure.subplots(1, len(maps), squeeze=False)[0]
-    for axes, (title, (values, rows, columns)) in zip(panels, maps.items(), strict=True):
+    error, rows = 1 - fit / len(held_out), [f"category {k} = {label}" for k, label in enumerate(labels[:size])]
+    panels = [(f"Held-out pictures by label: error {error:.1%}", table[:size].numpy(), rows, range(n))]
+    if data.factors and numbers:
+        means = guesses[:, sum(args.categorical) :].T[:numbers]  # (C, N)
+        ranks = torch.stack([*means, *(factor[held_out] for factor in data.factors.values())]).argsort(1).argsort(1)
+        r = ranks.float().corrcoef().abs()[:numbers, numbers:].numpy()  # (C, F)
+        rows = [f"code {j + 1}" for j in range(numbers)]
+        panels += [("|Rank correlation| of Q's mean and the factor", r, rows, data.factors)]
+    figure = Figure(figsize=(7 * len(panels) + 1, 4.5), layout="constrained")
+    for i, (title, values, rows, columns) in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), i + 1, title=title)
         axes.imshow(values, cmap="Blues", aspect="auto")
-        axes.set(title=title, xticks=range(len(columns)), xticklabels=columns)
+        axes.set_xticks(range(len(columns)), columns)
         axes.set_yticks(range(len(rows)), rows)
         for (row, column), value in np.ndenumerate(values):
             axes.text(column, row, f"{value:.3g}", ha="center", color="white" if 2 * value > values.max() else "black")
@@ -251,27 +250,30 @@ def measure(D, data, held_out, args, device):
 
 def save_traversals(G, args, device):
     """traversal.png: a block for each code; traversal.gif: each continuous code to and fro, a category a column."""
-    sizes, z, blocks = args.categorical, fixed_noise(10, args.latent_dim, args.seed), {}
-    def draw(z, category, value=0, k=0, j=0):  # the other categories are the first ones, the other numbers 0
-        c = [one_hot(category if i == k else category * 0, size) for i, size in enumerate(sizes)]
-        codes = torch.zeros(len(z), args.continuous)
-        codes[:, j : j + 1] = torch.as_tensor(value).view(-1, 1)
-        return sample(G, torch.cat([z, *c, codes], 1).to(device))
-    for k, size in enumerate(sizes):
-        category = torch.arange(size).repeat_interleave(10)
-        blocks[f"categorical code {k + 1}: a row each"] = draw(z.repeat(size, 1), category, k=k)
-    category, values = torch.arange(sizes[0]).repeat_interleave(10), torch.linspace(-2, 2, 10).repeat(sizes[0])
+    base = torch.zeros(10, args.latent_dim + sum(args.categorical) + args.continuous)  # ten inputs of G
+    base[:, : args.latent_dim] = fixed_noise(10, args.latent_dim, args.seed)
+    *starts, numbers = np.cumsum([args.latent_dim, *args.categorical])  # where in them each code begins
+    base[:, starts] = 1  # each code's first category
+    blocks = []
+    for k, (start, size) in enumerate(zip(starts, args.categorical, strict=True)):
+        x = base.repeat(size, 1, 1)  # (categories, 10, inputs)
+        x[..., start : start + size] = torch.eye(size)[:, None]
+        blocks.append((f"categorical code {k + 1}: a row each", x))
+    every, frames = blocks[0][1], []
     for j in range(args.continuous):
-        blocks[f"continuous code {j + 1}: -2 to 2"] = draw(z[:1].expand(len(values), -1), category, values, j=j)
-    figure = Figure(figsize=(4.5 * len(blocks), 0.5 + 0.45 * max(sizes)), layout="constrained")
-    for axes, (title, images) in zip(figure.subplots(1, len(blocks), squeeze=False)[0], blocks.items(), strict=True):
-        axes.imshow(grid(images, 10))
-        axes.set(title=title, xticks=[], yticks=[])
+        x, y = every.clone(), every[:, :4].transpose(0, 1).clone()  # (categories, 10, inputs), (4, categories, inputs)
+        x[..., : args.latent_dim], x[..., numbers + j] = base[0, : args.latent_dim], torch.linspace(-2, 2, 10)
+        blocks.append((f"continuous code {j + 1}: -2 to 2", x))
+        for angle in torch.arange(0, 2 * math.pi, math.pi / 12):
+            y[..., numbers + j] = 2 * angle.sin()
+            frames.append(grid(sample(G, y.flatten(0, 1).to(device)), len(every)))
+    figure = Figure(figsize=(4.5 * len(blocks), 0.5 + 0.45 * max(args.categorical)), layout="constrained")
+    for i, (title, x) in enumerate(blocks):
+        axes = figure.add_subplot(1, len(blocks), i + 1, title=title, xticks=[], yticks=[])
+        axes.imshow(grid(sample(G, x.flatten(0, 1).to(device)), 10))
     figure.savefig(Path(args.out) / "traversal.png", dpi=100)
-    z, category = z[:4].repeat_interleave(sizes[0], 0), torch.arange(sizes[0]).repeat(4)
-    sweep = 2 * torch.arange(0, 2 * math.pi, math.pi / 12).sin()
-    frames = [grid(draw(z, category, value, j=j), sizes[0]) for j in range(args.continuous or 1) for value in sweep]
-    save_gif(Path(args.out) / "traversal.gif", frames, 100)
+    if frames:
+        save_gif(Path(args.out) / "traversal.gif", frames, 100)
 
 def save_plots(out):
     """losses.png: the curves of log.csv, each with its running mean."""

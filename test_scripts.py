@@ -1412,13 +1412,14 @@ def test_the_sample_grid_has_a_category_a_row(pictures, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flags", "frames"), [(["--categorical", 3, 2, "--continuous", 1], 24), (["--continuous", 0], 1)]
+    ("flags", "frames"), [(["--categorical", 3, 2, "--continuous", 1], 24), (["--continuous", 0], 0)]
 )
 def test_infogan_traversals_for_any_codes(pictures, flags, frames):
     assert run_on_pictures(infogan, pictures, "r", "--max-steps", 1, *flags) == 0
     assert infogan.main(["--out", "r", "--sample", "3"]) == 0
     assert imageio.imread("r/traversal.png").shape[1] > 300
-    assert len(imageio.mimread("r/traversal.gif", memtest=False)) == frames  # all alike are kept as one
+    assert Path("r/traversal.gif").exists() == (frames > 0)
+    assert not frames or len(imageio.mimread("r/traversal.gif", memtest=False)) == frames
 
 
 # common.py
