@@ -230,7 +230,7 @@ def measure(D, data, held_out, args, device):
     table = torch.bincount(guesses[:, :size].argmax(1) * n + data.labels[held_out], minlength=n * n).view(n, n)
     fit, labels = best_matching(table.tolist())
     error, rows = 1 - fit / len(held_out), [f"category {k} = {label}" for k, label in enumerate(labels[:size])]
-    panels = [(f"Held-out pictures by label: error {error:.1%}", table[:size].numpy(), rows, range(n))]
+    panels = [(f"Held-out pictures, a label a column: error {error:.1%}", table[:size].numpy(), rows, range(n))]
     if data.factors and numbers:
         means = guesses[:, sum(args.categorical) :].T[:numbers]  # (C, N)
         ranks = torch.stack([*means, *(factor[held_out] for factor in data.factors.values())]).argsort(1).argsort(1)
@@ -240,11 +240,12 @@ def measure(D, data, held_out, args, device):
     figure = Figure(figsize=(7 * len(panels) + 1, 4.5), layout="constrained")
     for i, (title, values, rows, columns) in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), i + 1, title=title)
-        axes.imshow(values, cmap="Blues", aspect="auto")
+        axes.imshow(values, cmap="Blues", aspect="auto", vmin=0, vmax=max(1, values.max()))
         axes.set_xticks(range(len(columns)), columns)
         axes.set_yticks(range(len(rows)), rows)
         for (row, column), value in np.ndenumerate(values):
-            axes.text(column, row, f"{value:.3g}", ha="center", color="white" if 2 * value > values.max() else "black")
+            color = "white" if 2 * value > max(1, values.max()) else "black"
+            axes.text(column, row, round(value.item(), 2), ha="center", va="center", color=color)
     figure.savefig(Path(args.out) / "factors.png", dpi=100)
     return error
 
@@ -258,12 +259,12 @@ def save_traversals(G, args, device):
     for k, (start, size) in enumerate(zip(starts, args.categorical, strict=True)):
         x = base.repeat(size, 1, 1)  # (categories, 10, inputs)
         x[..., start : start + size] = torch.eye(size)[:, None]
-        blocks.append((f"categorical code {k + 1}: a row each", x))
+        blocks.append((f"categorical code {k + 1}: a row each, z by column", x))
     every, frames = blocks[0][1], []
     for j in range(args.continuous):
         x, y = every.clone(), every[:, :4].transpose(0, 1).clone()  # (categories, 10, inputs), (4, categories, inputs)
         x[..., : args.latent_dim], x[..., numbers + j] = base[0, : args.latent_dim], torch.linspace(-2, 2, 10)
-        blocks.append((f"continuous code {j + 1}: -2 to 2", x))
+        blocks.append((f"continuous code {j + 1}: -2 to 2 (trained: -1 to 1)", x))
         for angle in torch.arange(0, 2 * math.pi, math.pi / 12):
             y[..., numbers + j] = 2 * angle.sin()
             frames.append(grid(sample(G, y.flatten(0, 1).to(device)), len(every)))
@@ -281,17 +282,17 @@ def save_plots(out):
     figure, n = Figure(figsize=(13, 7), layout="constrained"), len(log) // 40 + 1  # rows in the running mean
     panels = [("loss_d loss_g", "Loss", "loss", {})]
     panels += [("d_real d_fake", "What D thinks: 0.5 is a draw", "probability of being real", {"ylim": (0, 1)})]
-    panels += [("info_cat info_cont", "What the picture tells of its code", "information in nats, lower bound", {})]
+    panels += [("info_cat", "What Q reads of the categories", "information in nats, lower bound", {})]
+    panels += [("info_cont", "What Q reads of the numbers", "information in nats, lower bound", {})]
     panels += [("code_accuracy cluster_error", "Q's guesses", "share", {"ylim": (0, 1)})]
     panels += [("grad_norm_d grad_norm_g", "Gradient norm", "L2 norm of all gradients", {"yscale": "log"})]
-    for axes, (columns, title, ylabel, more) in zip(figure.subplots(2, 3).flat, panels, strict=False):
+    for axes, (columns, title, ylabel, more) in zip(figure.subplots(2, 3).flat, panels, strict=True):
         for i, column in enumerate(columns.split() if log.size else []):
             axes.plot(log["step"], log[column], f"C{i}", alpha=0.25)
             axes.plot(log["step"][n - 1 :], np.convolve(log[column], np.ones(n) / n, "valid"), f"C{i}", label=column)
             axes.legend()
         axes.locator_params("x", nbins=5)
         axes.set(title=title, xlabel="step (generator updates)", ylabel=ylabel, **more)
-    figure.axes[5].axis("off")
     figure.savefig(out / "losses.png", dpi=100)
 
 def generate(args, run):

@@ -1,7 +1,8 @@
 r"""WGAN and WGAN-GP: Arjovsky et al. 2017, arXiv 1701.07875, and Gulrajani et al. 2017, arXiv 1704.00028.
 
-How far is it from G's pictures to the data, if each bit of probability has to be carried there? This Wasserstein
-distance W shrinks as G improves, however easily the two are told apart. By the dual of Kantorovich and Rubinstein
+How far is it from G's pictures to the data, if all probability has to be carried there, at a cost of mass x distance?
+This Wasserstein distance W shrinks as G improves, also where a discriminator tells both apart with certainty, so that
+its gradient vanishes. By the dual of Kantorovich and Rubinstein
 
     W = max over D with |D(x) - D(y)| <= |x - y| for all x, y   of   E D(x) - E D(G(z))
 
@@ -10,20 +11,21 @@ so that a critic D, which returns a score and no probability, is trained to meas
     D maximises  E D(x) - E D(G(z))   loss_d = mean D(G(z)) - mean D(x) + 10 mean (|grad D(x_mix)| - 1)^2
     G maximises  E D(G(z))            loss_g = -mean D(G(z)), whose zero has no meaning: it may drift
 
-D must not be steeper than 1 (1-Lipschitz), and the best D has slope 1 on the lines of an optimal transport. --lipschitz
-gp penalises other slopes at points x_mix between real and fake pictures, which takes a second derivative. clip keeps
-each weight within 0.05, with RMSprop and layer norm: it costs no time, but D stays simple. spectral divides the weights
-of each layer by their largest singular value: cheap, but convolutions may be steeper. With these two W is known only up
-to a factor.
+D must be 1-Lipschitz, nowhere steeper than 1; the best D has |grad D| = 1 along the lines of an optimal transport.
+--lipschitz chooses how. gp: a penalty on slopes other than 1 at x_mix, random points between random real-fake pairs; it
+needs the gradient of a gradient. clip: weights within 0.05, with RMSprop and layer norm; it costs no time, but D stays
+simple. spectral (1802.05957): the weights of each layer, as a matrix, over their largest singular value; fast, but the
+convolutions may still be steeper than 1. With these two W has an unknown scale: compare it only within a run.
 
     python wgan_gp.py                           # the built-in digits, no download
     python wgan_gp.py --dataset mnist --epochs 20
 
 What changes from dcgan.py: no probabilities, no batch norm in D, five D steps for each G step, W in the log.
-Where this differs from the papers: rates of 1e-3, of D without gp 2e-4 (theirs: Adam 1e-4, which makes no digits in 5
-epochs of MNIST, and RMSprop 5e-5; weights within 0.01; batch norm, which with clip layer norm stands for here); betas
-(0, 0.9) as in Algorithm 1 (their MNIST code: (0.5, 0.9)); batch 32, not 64; widths 16, 32, two layers at each
-resolution; a flat end of the residual critic; samples from an average of G's weights; a held-out set.
+Where this differs from the papers: rates of 1e-3, but 2e-4 for D with clip or spectral (WGAN-GP: Adam at 1e-4, which
+makes no digits in 5 epochs of MNIST here; WGAN: RMSprop at 5e-5); clip at 0.05, not 0.01, and with layer norm, not batch
+norm; betas (0, 0.9) as in Algorithm 1 (their MNIST code: (0.5, 0.9)); batch 32, not 64; widths 16, 32, two layers at
+each resolution; no mean pooling at the end of the residual critic; samples from an average of G's weights; spectral; up
+to 1,000 pictures are held out: a W much lower on these means that the critic knows the others by heart.
 """
 import argparse
 import json
@@ -46,7 +48,7 @@ from common import DATASETS, Fault, Misuse, epoch_order, fixed_noise, grid, load
 from common import save_history, save_pictures, to_batch
 
 class LeakyReLU(nn.LeakyReLU):
-    """Its slope is a constant to autograd: torch's gives the penalty zeros, and takes them back through all layers."""
+    """As torch's, but x times a constant to autograd: in the penalty torch's takes zeros back through all layers."""
     def forward(self, x):
         factor = x.detach().sign().clamp_(min=self.negative_slope)  # 1 or slope
         return x.mul_(factor) if self.inplace else x * factor
@@ -89,7 +91,7 @@ class Critic(nn.Module):
     """image (B, img_channels, img_size, img_size) -> score (B,). Batch norm would mix the slopes of the pictures."""
     def __init__(self, img_size, img_channels, hidden_channels, depth=1, arch="conv", norm="none", spectral=False):
         super().__init__()
-        norm = partial(nn.GroupNorm, 1) if norm == "layer" else lambda channels: nn.Identity()
+        norm = partial(nn.GroupNorm, 1) if norm == "layer" else lambda channels: nn.Identity()  # 1 group
         layers = [nn.Conv2d(img_channels, hidden_channels[0], 3, 1, 1)] if arch == "resnet" else []
         channels = hidden_channels[0] if layers else img_channels
         for width in hidden_channels:  # (B, 64, 14, 14), (B, 128, 7, 7)
@@ -122,8 +124,8 @@ def slopes(critic, x_real, x_fake):
     """|grad D(x)| (B,) at random points on the lines from each real picture to a fake one, (B, C, H, W) both."""
     alpha = torch.rand(len(x_real), 1, 1, 1, device=x_real.device)  # one for each picture
     x = torch.lerp(x_fake.float(), x_real, alpha).requires_grad_()
-    (gradient,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)  # (B, C, H, W)
-    return (gradient.square().flatten(1).sum(1) + 1e-12).sqrt()  # a root of 0 has an infinite slope
+    (gradient,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)  # (B, C, H, W), to be differentiated too
+    return (gradient.square().flatten(1).sum(1) + 1e-12).sqrt()  # 1e-12: the derivative of a root is infinite at 0
 
 def gradient_penalty(critic, x_real, x_fake):
     """mean (|grad D(x)| - 1)^2, unweighted: Gulrajani et al. 2017, 1704.00028, equation 3."""
@@ -224,7 +226,7 @@ def save_plots(out):
     figure, n = Figure(figsize=(13, 3.8), layout="constrained"), len(log) // 40 + 1  # rows in the running mean
     panels, positive = [], {"ylim": (0, None)}
     panels += [("wasserstein wasserstein_heldout", "Wasserstein distance, estimated", "E D(x) - E D(G(z))", positive)]
-    panels += [("critic_grad_norm gradient_penalty", "The critic's slope: gp wants 1", "|grad D|", positive)]
+    panels += [("critic_grad_norm", "The critic's slope: gp wants 1", "|grad D| between real and fake", positive)]
     panels += [("grad_norm_d grad_norm_g", "Gradient norm", "L2 norm of all gradients", {"yscale": "log"})]
     for axes, (columns, title, ylabel, more) in zip(figure.subplots(1, 3), panels, strict=True):
         for i, column in enumerate(columns.split() if log.size else []):
@@ -324,7 +326,7 @@ def train(args, run):
             G_ema.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema, (1 + step) / (10 + step)))  # forgets the start
             G_ema.update_parameters(G)  # averages the parameters, copies the buffers; with --ema 0 it is G
             # (3) log, sample, save
-            if logging:
+            if logging:  # D after its last update; loss_d and norm_d are from before it
                 speed = (step - first) / (time.time() - started)  # steps a second
                 D.eval()  # spectral norm improves its estimate at each call in training mode
                 with torch.random.fork_rng(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
