@@ -315,7 +315,7 @@ def train(args, run):
     args.depth = args.depth or (2 if args.img_size < 64 else 1)
     halvings = range(max(1, round(math.log2(args.img_size / 8))))
     args.hidden_channels = args.hidden_channels or [32 // args.depth << n for n in halvings]  # what a laptop can do
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed + run["step"] if run else args.seed)  # on a GPU a resumed run draws new noise
     G, D = (network.to(device, memory_format=torch.channels_last) for network in build(args))
     G_ema = AveragedModel(G)
     opt_g = torch.optim.Adam(G.parameters(), args.lr_g, args.betas, args.adam_eps, fused=True)

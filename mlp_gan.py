@@ -185,7 +185,7 @@ def train(args, run):
     if run and len(images) != args.num_images:
         raise Fault(f"{out} was trained on {args.num_images} pictures, but {len(images)} are there now.")
     args.num_images, args.img_channels, args.img_size, _ = images.shape
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed + run["step"] if run else args.seed)  # on a GPU a resumed run draws new noise
     G, D = (network.to(device) for network in build(args))
     G_ema = AveragedModel(G)
     opt_g = torch.optim.Adam(G.parameters(), args.lr_g, args.betas, args.adam_eps, fused=True)
