@@ -29,7 +29,6 @@ import math
 import signal
 import sys
 import time
-from functools import cache
 from pathlib import Path
 
 import imageio.v2 as imageio
@@ -72,11 +71,10 @@ class Discriminator(nn.Module):
             for stride in [2] + [1] * (depth - 1):
                 batch_norm = [nn.BatchNorm2d(width)] if layers else []  # not on the first
                 layers += [nn.Conv2d(channels, width, 2 + stride, stride, 1), *batch_norm, nn.LeakyReLU(0.2, True)]
-                channels = width
-        size = (img_size // 2 ** len(hidden_channels)) ** 2 * channels
+                channels, img_size = width, img_size // stride
         layers += [Permute([0, 2, 3, 1]), nn.Flatten()]  # (B, 7 * 7 * 128), as in memory
-        layers += [nn.Linear(size, hidden), nn.BatchNorm1d(hidden), nn.LeakyReLU(0.2, True)]  # (B, 512)
-        self.trunk, self.classify = nn.Sequential(*layers), nn.Linear(hidden, 1)  # what D and Q share; D
+        layers += [nn.Linear(img_size**2 * channels, hidden), nn.BatchNorm1d(hidden), nn.LeakyReLU(0.2, True)]
+        self.trunk, self.classify = nn.Sequential(*layers), nn.Linear(hidden, 1)  # what D and Q share, (B, 512); D
         layers = [nn.Linear(hidden, 128), nn.BatchNorm1d(128), nn.LeakyReLU(0.2, True), nn.Linear(128, guesses)]
         self.guess = nn.Sequential(*layers)  # Q
 
@@ -120,12 +118,12 @@ def augment(x, strength):
 
 def best_matching(table):
     """How many pictures of table (categories, labels), a list of lists, fit the best one-to-one matching, and the label
-    of each category. Exact: each set of labels is matched with the last categories once, in the best way."""
-    @cache
-    def best(free):  # a frozen set of labels
-        ways = ((best(free - {label}), table[-len(free)][label], label) for label in free)
-        return max(((fit + n, (label, *labels)) for (fit, labels), n, label in ways), default=(0, ()))
-    return best(frozenset(range(len(table))))
+    of each category. Exact: of all ways to give the same labels to the first categories only the best is followed."""
+    best = [(0, ())]  # for each set of so many labels: the pictures that fit, a label for each category so far
+    for row in table:
+        ways = [(fit + n, (*labels, k)) for fit, labels in best for k, n in enumerate(row) if k not in labels]
+        best = {frozenset(labels): (fit, labels) for fit, labels in sorted(ways)}.values()  # the best comes last
+    return max(best)
 
 def number(kind, low, high=math.inf):  # a type for argparse: an int or a float from low to high
     def number(text):
@@ -241,8 +239,7 @@ def measure(D, data, held_out, args, device):
     for i, (title, values, rows, columns) in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), i + 1, title=title)
         axes.imshow(values, cmap="Blues", aspect="auto", vmin=0, vmax=max(1, values.max()))
-        axes.set_xticks(range(len(columns)), columns)
-        axes.set_yticks(range(len(rows)), rows)
+        axes.set(xticks=range(len(columns)), xticklabels=columns, yticks=range(len(rows)), yticklabels=rows)
         for (row, column), value in np.ndenumerate(values):
             color = "white" if 2 * value > max(1, values.max()) else "black"
             axes.text(column, row, round(value.item(), 2), ha="center", va="center", color=color)
@@ -255,21 +252,20 @@ def save_traversals(G, args, device):
     base[:, : args.latent_dim] = fixed_noise(10, args.latent_dim, args.seed)
     *starts, numbers = np.cumsum([args.latent_dim, *args.categorical])  # where in them each code begins
     base[:, starts] = 1  # each code's first category
-    blocks = []
+    blocks, frames = {}, []
     for k, (start, size) in enumerate(zip(starts, args.categorical, strict=True)):
-        x = base.repeat(size, 1, 1)  # (categories, 10, inputs)
-        x[..., start : start + size] = torch.eye(size)[:, None]
-        blocks.append((f"categorical code {k + 1}: a row each, z by column", x))
-    every, frames = blocks[0][1], []
+        x = blocks[f"categorical code {k + 1}: a row each, z by column"] = base.repeat(size, 1, 1)
+        x[..., start : start + size] = torch.eye(size)[:, None]  # (categories, 10, inputs)
+    every = next(iter(blocks.values()))
     for j in range(args.continuous):
-        x, y = every.clone(), every[:, :4].transpose(0, 1).clone()  # (categories, 10, inputs), (4, categories, inputs)
+        x = blocks[f"continuous code {j + 1}: -2 to 2 (trained: -1 to 1)"] = every.clone()  # (categories, 10, inputs)
         x[..., : args.latent_dim], x[..., numbers + j] = base[0, : args.latent_dim], torch.linspace(-2, 2, 10)
-        blocks.append((f"continuous code {j + 1}: -2 to 2 (trained: -1 to 1)", x))
+        y = every[:, :4].transpose(0, 1).clone()  # (4, categories, inputs)
         for angle in torch.arange(0, 2 * math.pi, math.pi / 12):
             y[..., numbers + j] = 2 * angle.sin()
             frames.append(grid(sample(G, y.flatten(0, 1).to(device)), len(every)))
     figure = Figure(figsize=(4.5 * len(blocks), 0.5 + 0.45 * max(args.categorical)), layout="constrained")
-    for i, (title, x) in enumerate(blocks):
+    for i, (title, x) in enumerate(blocks.items()):
         axes = figure.add_subplot(1, len(blocks), i + 1, title=title, xticks=[], yticks=[])
         axes.imshow(grid(sample(G, x.flatten(0, 1).to(device)), 10))
     figure.savefig(Path(args.out) / "traversal.png", dpi=100)
