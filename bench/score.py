@@ -29,11 +29,9 @@ from functools import lru_cache
 from pathlib import Path
 
 import imageio.v2 as imageio
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import nn
-from torch.nn.functional import avg_pool2d, cross_entropy, interpolate
 from torchvision.datasets import CIFAR10, MNIST, FashionMNIST
 from torchvision.models import inception_v3
 
@@ -59,16 +57,14 @@ def load_test(dataset, data_dir):
     images = torch.as_tensor(source.data)
     return Data(images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2), torch.as_tensor(source.targets))
 
-@torch.no_grad()
 def extract(eyes, images):
     """Features (N, F) and labels (N,) of uint8 images (N, C, H, W). Of stacked digits each is looked at by itself.
-    eyes[0] makes (B, channels, H, W) in [-1, 1] features, eyes[1] makes these logits."""
-    first = next(eyes.parameters())  # (outputs, channels, ...)
-    channels, stack = first.shape[1], max(1, images.shape[1] // first.shape[1])
-    rows = images.expand(-1, stack * channels, -1, -1).reshape(-1, channels, *images.shape[2:])
-    features = torch.cat([eyes[0](to_batch(rows, index, first.device)) for index in torch.arange(len(rows)).split(500)])
-    labels = eyes[1](features).argmax(1).cpu().view(-1, stack) @ torch.tensor([100, 10, 1])[-stack:]
-    return features.cpu().view(len(images), -1), labels
+    eyes[0] makes (B, channels, H, W) in [-1, 1] features, eyes[1] makes these logits; both must be frozen."""
+    conv = next(eyes.parameters())  # of the first layer: (outputs, channels, ...)
+    rows = images.expand(-1, max(images.shape[1], conv.shape[1]), -1, -1).reshape(-1, conv.shape[1], *images.shape[2:])
+    features = torch.cat([eyes[0](to_batch(rows, index, conv.device)) for index in torch.arange(len(rows)).split(500)])
+    labels = eyes[1](features).argmax(1).cpu().view(len(images), -1)  # (N, digits in an image)
+    return features.cpu().view(len(images), -1), labels @ torch.tensor([100, 10, 1])[-labels.shape[1] :]
 
 def load_inception():
     """torchvision's Inception v3 for ImageNet. Raises Fault without weights."""
@@ -77,7 +73,7 @@ def load_inception():
     except OSError as error:
         raise Fault(f"the weights of Inception cannot be downloaded ({error}): omit --features.") from error
     classify, net.fc, net.transform_input = net.fc, nn.Identity(), False  # x is in [-1, 1], as the weights want it
-    return nn.Sequential(nn.Sequential(nn.Upsample((299, 299), mode="bilinear"), net), classify).eval()
+    return nn.Sequential(nn.Sequential(nn.Upsample(299, mode="bilinear"), net), classify).eval().requires_grad_(False)
 
 def load_classifier(dataset, data_dir, img_size, device):
     """The classifier of a data set, of all its classes, from its cache or trained for 4 epochs."""
@@ -95,32 +91,29 @@ def load_classifier(dataset, data_dir, img_size, device):
         for epoch in range(4):
             optimiser.param_groups[0]["lr"] = 1e-3 / 3**epoch
             for index in epoch_order(len(images), min(128, len(images)), 0, epoch):
-                logits = eyes(to_batch(images, index, device))
                 optimiser.zero_grad()
-                cross_entropy(logits, labels[index].to(device)).backward()
+                nn.functional.cross_entropy(eyes(to_batch(images, index, device)), labels[index].to(device)).backward()
                 optimiser.step()
         save_atomically(cache, eyes.state_dict())
-    return eyes
+    return eyes.requires_grad_(False)
 
 def frechet(a, b):
     """Frechet distance of features (N, F) and (M, F), each taken as a Gaussian."""
-    a, b = a.double(), b.double()
-    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    (mean_a, cov_a), (mean_b, cov_b) = ((x.mean(0), torch.cov(x.T)) for x in (a.double(), b.double()))
     values, vectors = torch.linalg.eigh(cov_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # tr (A B)^(1/2) = tr (A^(1/2) B A^(1/2))^(1/2)
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
+    return ((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
 
 def kid(a, b, blocks=10):
     """Kernel distance of features (N, F) and real (M, F), unbiased: mean over disjoint blocks, its standard error."""
     n, rng, found = min(len(a), len(b)), torch.Generator().manual_seed(0), []
     blocks, unit = min(blocks, n // 2), b.double().square().sum(1).mean()  # of products of features
-    size = n // blocks
-    a, b = (s[torch.randperm(len(s), generator=rng)[: blocks * size]].double().split(size) for s in (a, b))
+    a, b = (s[torch.randperm(len(s), generator=rng)[: n // blocks * blocks]].double().chunk(blocks) for s in (a, b))
     for x, y in zip(a, b, strict=True):
         xx, yy, xy = ((p @ q.T / unit + 1) ** 3 for p, q in ((x, x), (y, y), (x, y)))
-        found.append((((xx.sum() - xx.trace()) + (yy.sum() - yy.trace())) / (size * (size - 1)) - 2 * xy.mean()).item())
-    return float(np.mean(found)), float(np.std(found, ddof=1) / blocks**0.5)
+        found.append((xx.sum() - xx.trace() + (yy.sum() - yy.trace())) / (len(x) * (len(x) - 1)) - 2 * xy.mean())
+    return torch.stack(found).mean().item(), torch.stack(found).std().item() / blocks**0.5
 
 def precision_recall(real, fake, k=3):
     """Shares of fake that lie among real, and of real that lie among fake, (N, F) and (M, F)."""
@@ -133,8 +126,7 @@ def balance(found, expected, classes):
     """KL of the labels found from those expected, in nats; and the classes with 1 label in 100, or any if 1,000."""
     p = torch.bincount(found, minlength=classes).double() / len(found)
     q = (torch.bincount(expected, minlength=classes).double() + 1) / (len(expected) + classes)  # none is impossible
-    least = 0.01 if classes < 1000 else 1 / len(found)
-    return torch.special.xlogy(p, p / q).sum().item(), int((p >= least - 1e-12).sum())
+    return torch.special.xlogy(p, p / q).sum().item(), int((p >= 0.01 - 1e-12 if classes < 1000 else p > 0).sum())
 
 def draw(path, n):
     """n samples, uint8 (n, C, H, W), of the G in a checkpoint (its average) or a snapshot; and its epoch."""
@@ -155,61 +147,54 @@ def draw(path, n):
 @lru_cache(1)  # for several runs on the same data
 def reference(dataset, data_dir, img_size, classes, background, inception):
     """The images of a data set, the network that looks at them, and what it finds in those that are held out."""
-    train, one = load_data(dataset, data_dir, img_size, classes, background), dataset.removeprefix("stacked-")
-    order = torch.randperm(len(train.images), generator=torch.Generator().manual_seed(0))
-    real = argparse.Namespace(train=train.images, order=order)
+    train, train_labels, _ = load_data(dataset, data_dir, img_size, classes, background)
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
     if dataset in ["digits", "stacked-mnist", *TESTS]:
-        test, size = load_test(dataset, data_dir), train.images.shape[-1:] * 2
-        keep = torch.isin(test.labels, train.labels.unique())
-        images = interpolate(test.images[keep].float(), size, mode="bilinear", antialias=True).round().byte()
+        test, size = load_test(dataset, data_dir), train.shape[2:]
+        images, y = (x[torch.isin(test.labels, train_labels.unique())] for x in (test.images, test.labels))
+        images = nn.functional.interpolate(images.float(), size, mode="bilinear", antialias=True).round().byte()
     elif inception:
-        images, real.order = train.images[order[::2]], order[1::2]
+        images, order = train[order[::2]], order[1::2]
     else:
         raise Fault(f"{dataset} has no test images with labels: add --features inception.")
-    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    real.eyes = load_inception().to(device) if inception else load_classifier(one, data_dir, img_size, device)
-    real.seen, (real.features, real.labels) = extract(real.eyes, train.images)[0], extract(real.eyes, images)
-    real.classes = 1000 if dataset == "stacked-mnist" else real.eyes[1].out_features
+    one, device = dataset.removeprefix("stacked-"), torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    eyes = load_inception().to(device) if inception else load_classifier(one, data_dir, img_size, device)
+    seen, (held, labels) = extract(eyes, train)[0], extract(eyes, images)
     if not inception:
-        right = (real.labels == test.labels[keep]).float().mean()
-        print(f"Classifier of {one}: {right:.2%} of {len(images):,} test images of {dataset} right")
-    if dataset == "stacked-mnist":
-        real.labels = train.labels.unique()
-    return real
+        print(f"Classifier of {one}: {(labels == y).float().mean():.2%} of {len(y):,} test images of {dataset} right")
+    labels, classes = (train_labels.unique(), 1000) if dataset == "stacked-mnist" else (labels, eyes[1].out_features)
+    return argparse.Namespace(train=train, seen=seen, order=order, eyes=eyes, held=held, labels=labels, classes=classes)
 
 def score(images, epoch, real, rows, folder):
     """Measure images, put the row into rows, print it, and write score.csv and score.png, the curves over epochs."""
     if len(images) < 4:
         raise Fault(f"{folder}: 4 pictures or more are needed, not {len(images)}.")
-    fake, labels = extract(real.eyes, images)
-    floor, n = frechet(real.seen[real.order[: len(fake)]], real.features), min(len(fake), len(real.features), 10_000)
-    row = [epoch, frechet(fake, real.features), floor, *kid(fake, real.features)]
-    rows.append([*row, *precision_recall(real.features[:n], fake[:n]), *balance(labels, real.labels, real.classes)])
+    (fake, labels), held, n = extract(real.eyes, images), real.held, min(len(images), len(real.held), 10_000)
+    row = [epoch, frechet(fake, held), frechet(real.seen[real.order[: len(fake)]], held), *kid(fake, held)]
+    rows.append([*row, *precision_recall(held[:n], fake[:n]), *balance(labels, real.labels, real.classes)])
     table = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row] for row in rows]
     print(folder, *(f"{name} {value}" for name, value in zip(COLUMNS, table[-1], strict=True)), sep="  ", flush=True)
     (folder / "score.csv").write_text("".join(",".join(row) + "\n" for row in [COLUMNS, *table]))
-    curves = np.array(sorted(row for row in rows if not isinstance(row[0], str)), float).reshape(-1, len(COLUMNS)).T
+    curves = torch.tensor(sorted(row for row in rows if not isinstance(row[0], str))).reshape(-1, len(COLUMNS)).T
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     panels = {"Frechet distance": [1, 2], "Kernel distance": [3], "Precision and recall": [5, 6]}
     for panel, (title, columns) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-        panel.plot(curves[0], curves[columns].T, "o-", label=[COLUMNS[column] for column in columns])
+        panel.legend(panel.plot(curves[0], curves[columns].T, "o-"), [COLUMNS[column] for column in columns])
         panel.set(title=title, xlabel="epoch", ylim=(0, None))
-        panel.legend()
-    if curves.size:
+    if curves.numel():
         figure.savefig(folder / "score.png", dpi=100)
 
 def score_folder(folder, args):
-    """Score what the flags name, in this folder. Returns the row of the run or of the pictures. Raises Fault."""
-    rows, done, facts = [], set(), folder / "args.json"
-    flags = json.loads(facts.read_text()) if facts.exists() else {}
-    dataset, data_dir = args.dataset or flags.get("dataset"), args.data_dir or flags.get("data_dir", "data")
+    """Score what the flags name, in this folder. Yields the row of the run or of the pictures. Raises Fault."""
+    flags = json.loads((folder / "args.json").read_text()) if (folder / "args.json").exists() else {}
+    rows, done, dataset = [], set(), args.dataset or flags.get("dataset")
     if not dataset:
         raise Fault(f"{folder} holds no run: name another, or say with --dataset what to compare with.")
     if args.watch and not flags.get("snapshot_every"):
         raise Fault(f"{folder} is not trained with --snapshot-every: there is nothing to watch.")
     n = args.samples or (26_000 if dataset == "stacked-mnist" else 10_000)
-    data = flags.get("img_size"), tuple(flags.get("classes") or ()), flags.get("background", "white")
-    real = reference(dataset, data_dir, *data, args.features == "inception")
+    real = reference(dataset, args.data_dir or flags.get("data_dir", "data"), flags.get("img_size"),
+                     tuple(flags.get("classes") or ()), flags.get("background", "white"), args.features == "inception")
     while args.snapshots or args.watch:
         for path in sorted({*folder.glob("generators/*.pt")} - done):
             done.add(path)
@@ -221,22 +206,19 @@ def score_folder(folder, args):
         for path in (folder / "score.png", folder / "nearest.png"):  # of the last time: they would be read as samples
             path.unlink(missing_ok=True)
         pictures = None if flags else load_folder("folder", folder, real.train.shape[-1], (255, 255, 255)).images
-        images, epoch = draw(folder / "checkpoint.pt", n) if flags else (pictures, "pictures")
-        grey = real.train.shape[1] == 1
-        images = images.float().mean(1, True).round().byte() if grey else images.expand(-1, 3, -1, -1)
+        drawn, epoch = draw(folder / "checkpoint.pt", n) if flags else (pictures, "pictures")
+        images = drawn.float().mean(1, True).round().byte() if real.train.shape[1] == 1 else drawn.expand(-1, 3, -1, -1)
         score(images, epoch, real, rows, folder)
-        nearest = torch.cdist(extract(real.eyes, images[:16])[0], real.seen).topk(3, largest=False).indices  # (16, 3)
-        beside = torch.cat([images[:16, None], real.train[nearest]], 1)  # (16, 4, C, H, W)
-        imageio.imwrite(folder / "nearest.png", grid(beside.flatten(0, 1)))
+        nearest = real.train[torch.cdist(extract(real.eyes, images[:16])[0], real.seen).topk(3, largest=False).indices]
+        imageio.imwrite(folder / "nearest.png", grid(torch.cat([images[:16, None], nearest], 1).flatten(0, 1)))
         if args.snapshots:
             print(f"best: epoch {min(rows, key=lambda row: row[1])[0]}")
-    row = rows[-1] if rows else None
+        yield rows[-1]
     if args.sanity:
         some = real.train[real.order[:n]]
         score(some, "real", real, rows, folder)
-        score(avg_pool2d(some.float(), 3, 1, 1, False, False).round().byte(), "blurred", real, rows, folder)
+        score(nn.AvgPool2d(3, 1, 1, False, False)(some.float()).round().byte(), "blurred", real, rows, folder)
         score(torch.randint(256, some.shape, dtype=torch.uint8), "noise", real, rows, folder)
-    return row
 
 def main(argv=None):
     """Run the script. Returns the exit code, 1 for a fault, told in one sentence."""
@@ -254,9 +236,9 @@ def main(argv=None):
     try:
         if not (args.folders or args.sanity):
             raise Fault("name a run or a folder of pictures, or add --sanity.")
-        ends = [score_folder(folder, args) for folder in args.folders or [Path()]]
+        ends = [row for folder in args.folders or [Path()] for row in score_folder(folder, args)]
         for name, *values in zip(COLUMNS[1:], *(row[1:] for row in ends), strict=True) if len(ends) > 1 else ():
-            print(f"{name}: mean {np.mean(values):.4g}, from {min(values):.4g} to {max(values):.4g}")
+            print(f"{name}: mean {sum(values) / len(values):.4g}, from {min(values):.4g} to {max(values):.4g}")
     except (Fault, OSError) as error:
         print("score.py:", str(error).partition("\n")[0], file=sys.stderr)
         return 1
