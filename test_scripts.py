@@ -1961,8 +1961,8 @@ def test_speed_times_the_script_and_what_it_is_compared_with(name):
     data = common.Data(torch.randint(256, (200, 1, 28, 28), dtype=torch.uint8))
     found = speed.measure(name, " ".join(TINY[name]), data, steps=2, rounds=1)
     assert list(found) == ["bf16", "fp32"]
-    for (ratio,), (over,), (adam,), (speed_of_it,) in found.values():
-        assert ratio > 0 < speed_of_it
+    for (ratio,), (ready,), (over,), (adam,), (speed_of_it,) in found.values():
+        assert min(ratio, ready, speed_of_it) > 0
         assert math.isfinite(over + adam)  # differences: below 0 if the machine was busy
 
 

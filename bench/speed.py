@@ -7,12 +7,12 @@
 
 First table. The script runs as it is, main() and all, on random pictures; samples, plots and checkpoints are not made.
 The time of a step is that from one G loss to the next, after a few. The plain loop has the same networks, losses and
-batch, written as tutorials write it: contiguous float32, a backward pass for each of D's losses, D's weight gradients
-in the G step, G's graph in the D step, PyTorch's default Adam, and a batch that lies ready. The bound is the forward
-and backward passes alone, in the script's layout and precision, on fixed z and x: no optimiser, noise or logging. Adam
-is what the same takes longer with the optimisers' steps, which wait for memory; time over the bound is the rest. All of
-a row are timed in turn in one process, for several rounds; ratios are taken round by round, and shown as their median
-and range: machines are noisy.
+size of batch, written as tutorials write it: contiguous float32, a backward pass for each of D's losses, D's weight
+gradients in the G step, G's graph in the D step, Adam as it is by default, .item() on each loss, pictures from a
+DataLoader with ToTensor and Normalize; or, in a column of its own, a batch that lies ready. The bound is forward and
+backward passes alone, in the script's layout and precision, on fixed z and x: no optimiser, noise or logging. Adam is
+what the same takes longer with the optimisers' steps, which wait for memory; time over the bound is the rest. All of a
+row are timed in turn in one process; ratios are taken round by round, and shown as their median and range.
 
 Second table. dcgan.py on N pictures of 28x28, resident and in a memory-mapped file that has just been written, and lies
 in memory if there is room: the time of a step, all in turn in one process; the peak memory, in a process each (Linux).
@@ -23,16 +23,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from unittest.mock import patch
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.utils.data import DataLoader
 from torchvision.ops import Permute
+from torchvision.transforms import Compose, Normalize, ToTensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import Data  # noqa: E402
@@ -46,7 +49,7 @@ ROWS = {  # the script, its flags, steps a round
     "wgan_gp, one convolution, 64 128, batch 64": ("wgan_gp", "--depth 1 --hidden-channels 64 128 --batch-size 64", 8),
     "infogan": ("infogan", "", 30),
 }
-QUIET = ["save_plots", "save_history", "save_gif", "save_atomically", "save_traversals", "print"]
+QUIET = ["save_plots", "save_history", "save_gif", "save_atomically", "save_traversals", "sample", "print"]
 WARM = 3  # steps that are not timed
 
 def run_script(script, flags, data, steps):
@@ -59,14 +62,9 @@ def run_script(script, flags, data, steps):
         given.append(args)
         return original(args)
     original = script.build
-    with tempfile.TemporaryDirectory() as out, ExitStack() as stack:
-        for name in QUIET:
-            stack.enter_context(patch.object(script, name, lambda *_, **__: None, create=True))
-        stack.enter_context(patch.object(script, "generator_loss", timed_loss))
-        stack.enter_context(patch.object(script, "build", build))
-        stack.enter_context(patch.object(script, "load_data", lambda *_: data))
-        stack.enter_context(patch.object(script, "grid", lambda *_: np.zeros((8, 8, 3), np.uint8)))
-        stack.enter_context(patch.object(script, "sample", lambda *_: None))
+    fakes = dict.fromkeys(QUIET, lambda *_, **__: None) | {"generator_loss": timed_loss, "build": build}
+    fakes |= {"load_data": lambda *_: data, "grid": lambda *_: np.zeros((8, 8, 3), np.uint8)}
+    with tempfile.TemporaryDirectory() as out, patch.multiple(script, create=True, **fakes):
         if script.main([*flags, "--device", "cpu", "--max-steps", str(steps + WARM), "--out", f"{out}/run"]):
             raise RuntimeError(f"{script.__name__} {flags} did not run")
     return (times[-1] - times[WARM - 1]) / (len(times) - WARM), given[0]
@@ -102,16 +100,26 @@ def losses(script, args):
         return info_d, info_g
     return real_fake, lambda D, fake: label(D(fake).float(), 1)
 
-def plain_step(G, D, opt_g, opt_d, x, new_z, loss_d, loss_g, critic_steps):
+def batches(images, batch_size):
+    """Batches (B, 1, H, W) in [-1, 1] as tutorials get them: each picture by itself goes through the transforms."""
+    transform = Compose([Image.fromarray, ToTensor(), Normalize(0.5, 0.5)])
+    collate = {"collate_fn": lambda rows: torch.stack([transform(row) for row in rows])}
+    loader = DataLoader(images[:, 0].numpy(), batch_size, shuffle=True, drop_last=True, **collate)
+    while True:
+        yield from loader
+
+def plain_step(G, D, opt_g, opt_d, new_x, new_z, loss_d, loss_g, critic_steps):
     """One step as tutorials write it."""
     for _ in range(critic_steps):
+        x = new_x()
         opt_d.zero_grad()
         fake = G(new_z())
         for loss in loss_d(D, x, fake.detach()):
-            loss.backward()
+            loss.backward(), loss.item()
         opt_d.step()
     opt_g.zero_grad()
-    loss_g(D, G(new_z()) if critic_steps > 1 else fake).backward()
+    loss = loss_g(D, G(new_z()) if critic_steps > 1 else fake)
+    loss.backward(), loss.item()
     opt_g.step()
 
 def bound_step(G, D, x, z, loss_d, loss_g, critic_steps, cast, update):
@@ -141,7 +149,8 @@ def seconds(step, steps):
     return (time.perf_counter() - started) / steps
 
 def measure(name, flags, data, steps, rounds):
-    """For each precision, lists over the rounds: plain / script, the rest / bound, Adam / bound, images a second."""
+    """For each precision, lists over the rounds: plain / script, plain with a ready batch / script, the rest / bound,
+    Adam / bound, images a second."""
     script, found = importlib.import_module(name), {}
     for _ in range(rounds):
         for precision in ("bf16", "fp32"):
@@ -161,8 +170,9 @@ def measure(name, flags, data, steps, rounds):
                     if isinstance(layer, nn.LeakyReLU):  # wgan_gp.py has its own
                         layer.__class__ = nn.LeakyReLU
                 adam = [torch.optim.Adam(net.parameters(), 1e-4, (0.5, 0.9)) for net in (G, D)]
-                parts = (G, D, *adam, x, new_z, loss_d, loss_g, rest)
-                plain = seconds(lambda: plain_step(*parts), steps)  # noqa: B023
+                loader, parts = batches(data.images, batch), (new_z, loss_d, loss_g, rest)
+                plain = seconds(lambda: plain_step(G, D, *adam, lambda: next(loader), *parts), steps)  # noqa: B023
+                ready = seconds(lambda: plain_step(G, D, *adam, lambda: x, *parts), steps)  # noqa: B023
             G, D = (net.to(memory_format=torch.channels_last) for net in script.build(args))
             z, bf16 = new_z(), precision == "bf16"
             cast = lambda: torch.autocast("cpu", torch.bfloat16, enabled=bf16)  # noqa: B023, E731
@@ -170,22 +180,22 @@ def measure(name, flags, data, steps, rounds):
             parts = (G, D, x, z, loss_d, loss_g, rest, cast)
             bound = seconds(lambda: bound_step(*parts, lambda net: None), steps)  # noqa: B023
             updated = seconds(lambda: bound_step(*parts, lambda net: adam[net].step()), steps)  # noqa: B023
-            row = plain / took, (took - updated) / bound, (updated - bound) / bound, batch * rest / took
-            for column, value in zip(found.setdefault(precision, [[], [], [], []]), row, strict=True):
+            row = plain / took, ready / took, (took - updated) / bound, (updated - bound) / bound, batch * rest / took
+            for column, value in zip(found.setdefault(precision, [[], [], [], [], []]), row, strict=True):
                 column.append(value)
     return found
 
 def table_of_scripts(rounds, shorter):
     """One row a script and precision."""
-    print("| script | precision | images/s | faster than a plain loop | time over the bound | Adam |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    print("| script | precision | images/s | faster than a plain loop | its batch ready | time over the bound | Adam |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     data = Data(torch.randint(256, (60_000 // shorter, 1, 28, 28), dtype=torch.uint8))
     for title, (name, flags, steps) in ROWS.items():
         found = measure(name, flags, data, max(2, steps // shorter), rounds)
-        for precision, (ratio, over, adam, speed) in found.items():
-            spread = f"{median(ratio):.2f} ({min(ratio):.2f} to {max(ratio):.2f})"
-            more = f"{median(over):.0%} ({min(over):.0%} to {max(over):.0%}) | {median(adam):.0%}"
-            print(f"| {title} | {precision} | {median(speed):,.0f} | {spread} | {more} |", flush=True)
+        for precision, (ratio, ready, over, adam, speed) in found.items():
+            cells = [f"{median(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in (ratio, ready)]
+            cells += [f"{median(over):.0%} ({min(over):.0%} to {max(over):.0%})", f"{median(adam):.0%}"]
+            print(f"| {title} | {precision} | {median(speed):,.0f}", *cells, sep=" | ", end=" |\n", flush=True)
 
 def load_size(n, kind, folder):
     """A Data of n pictures, resident or in a memory-mapped file in the folder."""
@@ -231,10 +241,9 @@ def main(argv=None):
     rounds, shorter = (1, 30) if args.quick else (args.rounds, 1)
     if args.measure:
         print(measure_memory(int(args.measure[0]), args.measure[1], int(args.measure[2])))
-        return
-    if not args.data:
+    if not (args.data or args.measure):
         table_of_scripts(rounds, shorter)
-    if not args.scripts:
+    if not (args.scripts or args.measure):
         table_of_sizes(rounds, shorter)
 
 if __name__ == "__main__":
