@@ -852,6 +852,19 @@ def test_clip_grad_norm(pictures):
     assert change("free") > 10 * change("clipped")
 
 
+def test_every_step_is_clipped_and_not_only_those_that_are_logged(script, pictures, monkeypatch):
+    norms, step = [], torch.optim.Adam.step
+
+    def spy(self):
+        norms.append(nn.utils.get_total_norm([p.grad for p in self.param_groups[0]["params"]]).item())
+        return step(self)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", spy)
+    run_on_pictures(script, pictures, "r", "--max-steps", 2, "--log-every", 99, "--clip-grad-norm", 1e-3)
+    assert len(norms) == 4
+    assert max(norms) < 1.1e-3
+
+
 def test_ema_averages_weights_with_a_decay_that_ramps_up_and_copies_buffers(pictures):
     steps = []
     for n in (1, 2, 3):
@@ -1073,6 +1086,15 @@ def test_wgan_shapes_and_no_batch_norm_in_the_critic(arch, norm, lipschitz):
     assert any(isinstance(layer, wgan_gp.ResBlock) for layer in [*G.modules(), *D.modules()]) == (arch == "resnet")
     D.eval()
     assert torch.allclose(D(x)[:1], D(x[:1]), atol=1e-5)  # no picture depends on the others
+
+
+def test_depth_is_of_the_conv_networks_alone(pictures):
+    for depth in ("1", "2"):
+        flags = ["--dataset", "folder", "--data-dir", pictures, "--img-size", "16", "--max-steps", "1", "--out", depth]
+        assert wgan_gp.main([*flags, "--arch", "resnet", "--depth", depth]) == 0
+    one, two = (checkpoint(depth)["args"] for depth in "12")
+    assert one["hidden_channels"] == two["hidden_channels"]
+    assert two["depth"] == 1
 
 
 def test_the_defaults_of_the_critic_follow_the_constraint():
