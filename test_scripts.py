@@ -1937,6 +1937,10 @@ def test_score_without_labels_asks_for_inception_and_says_where_its_weights_are_
     monkeypatch.setattr(score, "inception_v3", Net)
     assert score.main(["r", "--features", "inception", "--samples", "8"]) == 0
     assert float(scores("r")[0]["fd"]) > 0
+    train = common.load_data("folder", pictures, 8)
+    monkeypatch.setattr(score, "load_data", lambda *_: train._replace(images=train.images[:6]))  # 3 are held out
+    score.reference.cache_clear()
+    assert "3 real ones" in refusal(capsys, score.main(["r", "--features", "inception"]), [1])
 
 
 def test_score_says_what_it_cannot_score(few_digits, tmp_path, capsys):
@@ -1961,6 +1965,13 @@ def test_score_of_a_folder_does_not_read_its_own_pictures_and_makes_colours_grey
     assert Path("p/nearest.png").exists()
     assert score.main(["p", "--dataset", "digits"]) == 0
     assert scores("p") == first
+
+
+def test_score_of_the_snapshots_of_a_colour_run_makes_them_grey(few_digits, pictures, monkeypatch):
+    monkeypatch.setattr(mlp_gan, "load_data", common.load_data)
+    run_on_pictures(mlp_gan, pictures, "r", "--epochs", 1, "--snapshot-every", 1, "--img-size", 28)
+    assert score.main(["r", "--dataset", "digits", "--snapshots", "--samples", "20"]) == 0
+    assert len(scores("r")) == 2
 
 
 def test_the_classifier_of_stacked_digits_reads_each_channel():

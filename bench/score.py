@@ -7,16 +7,15 @@
     python bench/score.py some/folder/of/pngs --dataset mnist  # pictures from anywhere
     python bench/score.py --sanity --dataset mnist             # real images, blurred ones and noise
 
-Writes score.csv, score.png and nearest.png (16 samples, each before the three training images nearest to it) into the
-folder. Features are the last hidden layer of a small classifier, trained once for each data set and size on its labels,
-seeded, and kept in --data-dir: fd is a Frechet distance, but no FID. All is measured against test images, which neither
-G nor the classifier has seen; without labels, by --features inception, against half of the images that G has seen.
+Writes score.csv, score.png and nearest.png (16 samples, each before the three nearest training images) into the
+folder. Features are the last hidden layer of a small classifier of the data set, trained once on its labels, seeded,
+kept in --data-dir: fd is no FID. All is measured against test images, which neither G nor the classifier has seen;
+without labels, by --features inception, against half of the images that G has seen.
 
     fd, fd_floor       Frechet distance (Heusel et al. 2017, 1706.08500); that of as many training images, or of all
     kid, kid_se        unbiased squared MMD (Binkowski et al. 2018, 1801.01401), kernel (x.y / u + 1)^3, where u is the
                        mean x.x of real images, in place of the number of features; and its standard error
-    precision, recall  the share of samples as near to a real image as its 3rd neighbour is, and the reverse
-                       (Kynkaanniemi et al. 2019, 1904.06991)
+    precision, recall  share of samples as near to a real image as its 3rd neighbour is; the reverse (2019, 1904.06991)
     kl, classes        divergence of the samples' classes from the test images' in nats; how many classes 1 sample in
                        100 has. For stacked-mnist: from uniform; how many of 1,000 modes any of 26,000 samples has
 """
@@ -137,7 +136,7 @@ def draw(path, n):
         G, weights = script.build(args)[0], run.get("G_ema", run["G"])
         G.load_state_dict({k.removeprefix("module."): weights[k] for k in weights if k != "n_averaged"})
     except Exception as error:  # torch.load raises many kinds for a file that is not a checkpoint
-        raise Fault(f"{path} is missing, damaged or of another version ({error}).") from error
+        raise Fault(f"{path} is missing, damaged or of another version ({type(error).__name__}).") from error
     z = fixed_noise(n, args.latent_dim, 12345)  # not the seed of any grid
     if hasattr(script, "draw_codes"):
         torch.manual_seed(12345)
@@ -166,9 +165,10 @@ def reference(dataset, data_dir, img_size, classes, background, inception):
     return argparse.Namespace(train=train, seen=seen, order=order, eyes=eyes, held=held, labels=labels, classes=classes)
 
 def score(images, epoch, real, rows, folder):
-    """Measure images, put the row into rows, print it, and write score.csv and score.png, the curves over epochs."""
-    if len(images) < 4:
-        raise Fault(f"{folder}: 4 pictures or more are needed, not {len(images)}.")
+    """Add the row of images, print it, write score.csv and score.png. Returns them as they were seen, and features."""
+    if min(len(images), len(real.held)) < 4:
+        raise Fault(f"{folder}: 4 pictures or more are needed, not {len(images)} beside {len(real.held)} real ones.")
+    images = images.float().mean(1, True).round().byte() if real.train.shape[1] == 1 else images.expand(-1, 3, -1, -1)
     (fake, labels), held, n = extract(real.eyes, images), real.held, min(len(images), len(real.held), 10_000)
     row = [epoch, frechet(fake, held), frechet(real.seen[real.order[: len(fake)]], held), *kid(fake, held)]
     rows.append([*row, *precision_recall(held[:n], fake[:n]), *balance(labels, real.labels, real.classes)])
@@ -183,6 +183,7 @@ def score(images, epoch, real, rows, folder):
         panel.set(title=title, xlabel="epoch", ylim=(0, None))
     if curves.numel():
         figure.savefig(folder / "score.png", dpi=100)
+    return images, fake
 
 def score_folder(folder, args):
     """Score what the flags name, in this folder. Yields the row of the run or of the pictures. Raises Fault."""
@@ -206,10 +207,9 @@ def score_folder(folder, args):
         for path in (folder / "score.png", folder / "nearest.png"):  # of the last time: they would be read as samples
             path.unlink(missing_ok=True)
         pictures = None if flags else load_folder("folder", folder, real.train.shape[-1], (255, 255, 255)).images
-        drawn, epoch = draw(folder / "checkpoint.pt", n) if flags else (pictures, "pictures")
-        images = drawn.float().mean(1, True).round().byte() if real.train.shape[1] == 1 else drawn.expand(-1, 3, -1, -1)
-        score(images, epoch, real, rows, folder)
-        nearest = real.train[torch.cdist(extract(real.eyes, images[:16])[0], real.seen).topk(3, largest=False).indices]
+        images = draw(folder / "checkpoint.pt", n) if flags else (pictures, "pictures")
+        images, fake = score(*images, real, rows, folder)
+        nearest = real.train[torch.cdist(fake[:16], real.seen).topk(3, largest=False).indices]
         imageio.imwrite(folder / "nearest.png", grid(torch.cat([images[:16, None], nearest], 1).flatten(0, 1)))
         if args.snapshots:
             print(f"best: epoch {min(rows, key=lambda row: row[1])[0]}")
