@@ -275,8 +275,8 @@ def train(args, run):
     steps_per_epoch = max(1, len(images) // (batch_size * args.d_steps))
     args.epochs = args.epochs or max(10, math.ceil(9000 / steps_per_epoch))
     last_step = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
-    sizes = {name: sum(p.numel() for p in parts[name].parameters()) for name in ("G", "D")}
-    facts = {"torch": torch.__version__, "on": f"{device}, {'bf16' if bf16 else 'fp32'}", "parameters": sizes}
+    counts = {name: sum(p.numel() for p in parts[name].parameters()) for name in ("G", "D")}
+    facts = {"torch": torch.__version__, "on": f"{device}, {'bf16' if bf16 else 'fp32'}", "parameters": counts}
     log = ["epoch,step,loss_d,loss_g,d_real,d_fake,grad_norm_d,grad_norm_g,images_per_second"]
     if run:
         for name, part in parts.items():
@@ -292,7 +292,7 @@ def train(args, run):
         imageio.imwrite(out / "samples" / "000000.png", grid(sample(G, z_fixed)))
     (out / "log.csv").write_text("\n".join(log) + "\n")  # without what a killed run logged after its checkpoint
     (out / "args.json").write_text(json.dumps(vars(args) | facts, indent=2) + "\n")
-    print(f"{len(images):,} pictures {tuple(images.shape[1:])}, parameters {sizes}, {facts['on']}, {out}", flush=True)
+    print(f"{len(images):,} pictures {tuple(images.shape[1:])}, parameters {counts}, {facts['on']}, {out}", flush=True)
     def D_seen(x):  # (B, C, H, W) -> (B,)
         x = x + args.instance_noise * (1 - step / last_step) * torch.randn_like(x) if args.instance_noise else x
         return D(diffaugment(x) if args.diffaugment else x)

@@ -9,19 +9,19 @@ digit, the numbers as slant or width. The reward is a lower bound L of the mutua
     D and Q maximise  log D(x) + log(1 - D(G(z, c))) + weight L
     G maximises       log D(G(z, c)) + weight L
 
-Perfect guesses of the category make L = ln 10 = 2.303 nats. loss_d and loss_g in the log are those of the GAN alone.
+For ten categories, guessed perfectly, L is ln 10 = 2.303 nats. loss_d and loss_g in the log are those of the GAN alone.
 
     python infogan.py                           # the built-in digits, no download
     python infogan.py --dataset mnist --epochs 20
 
 What changes from dcgan.py: codes, Q, L; and what the codes mean is measured, on a tenth of the pictures that is not
 trained on, by their labels and by the factors that `digits` were rendered from: cluster_error in the log, factors.png.
-Where this differs from the paper: two things make the categories digits (MNIST, 5 seeds). z has 16 numbers, not 62, for
-what z can say no category need say. And Q guesses the categories of half of the fakes when they are slanted, scaled
-and shifted at random (--augment 0: not), so that these do not become categories; they remain for the numbers. Both
-weights of L are 1 in the paper, here 1 and 0.3. Widths 16, 32 (two layers at each resolution) and 512; the paper: 64,
-128, 1024. Batches of 64, not 128; slopes of 0.2, not 0.1; z is normal; samples from an average of G's weights. Q's
-variance of the numbers is 1, which keeps L below -0.226 for each of them (--continuous-variance learned: free).
+Where this differs from the paper: z has 16 numbers, not 62, since a wide z can choose the digit by itself, and leaves
+the categories nothing to mean. For half of the fakes Q has to guess the category from a picture that is slanted, scaled
+and shifted at random, so that no slant or size becomes a category (--augment 0: off). The weight of L is 1, for the
+numbers 0.3 (the paper: 1, or less with numbers). Widths 16, 32 (two layers at each resolution) and 512 (the paper: 64,
+128 and 1024). Batches of 64, not 128; slopes of 0.2, not 0.1; z is normal; samples from an average of G's weights. Q's
+variance of the numbers is 1, so that L is at most -0.226 for each of them (--continuous-variance learned: free).
 """
 import argparse
 import json
@@ -43,7 +43,7 @@ from common import DATASETS, Fault, Misuse, epoch_order, fixed_noise, grid, load
 from common import save_gif, save_history, save_pictures, to_batch
 
 class Generator(nn.Sequential):
-    """z and c (B, inputs) -> image (B, img_channels, img_size, img_size) in [-1, 1]; shapes below are of the defaults.
+    """z and c (B, inputs) -> image (B, img_channels, img_size, img_size) in [-1, 1]; shapes below: at depth 1.
     hidden_channels: from the image inwards. Raises Fault if img_size cannot be halved once for each of them."""
     def __init__(self, inputs=28, img_size=28, img_channels=1, hidden_channels=(64, 128), depth=1, hidden=512):
         factor = 2 ** len(hidden_channels)
@@ -63,8 +63,8 @@ class Generator(nn.Sequential):
 
 class Discriminator(nn.Module):
     """image (B, img_channels, img_size, img_size) -> logit l (B,) of D(x) = sigmoid(l), and Q's guesses (B, guesses):
-    a logit, no softmax, for each category of each categorical code; means of the others, then their log variances."""
-    def __init__(self, guesses=14, img_size=28, img_channels=1, hidden_channels=(64, 128), depth=1, hidden=512):
+    a logit, no softmax, for each category of each categorical code, then the others' means, and log variances."""
+    def __init__(self, guesses=12, img_size=28, img_channels=1, hidden_channels=(64, 128), depth=1, hidden=512):
         super().__init__()
         layers, channels = [], img_channels
         for width in hidden_channels:  # (B, 64, 14, 14), (B, 128, 7, 7)
@@ -74,9 +74,9 @@ class Discriminator(nn.Module):
                 channels, img_size = width, img_size // stride
         layers += [Permute([0, 2, 3, 1]), nn.Flatten()]  # (B, 7 * 7 * 128), as in memory
         layers += [nn.Linear(img_size**2 * channels, hidden), nn.BatchNorm1d(hidden), nn.LeakyReLU(0.2, True)]
-        self.trunk, self.classify = nn.Sequential(*layers), nn.Linear(hidden, 1)  # what D and Q share, (B, 512); D
+        self.trunk, self.classify = nn.Sequential(*layers), nn.Linear(hidden, 1)  # shared by D and Q, (B, 512); D's own
         layers = [nn.Linear(hidden, 128), nn.BatchNorm1d(128), nn.LeakyReLU(0.2, True), nn.Linear(128, guesses)]
-        self.guess = nn.Sequential(*layers)  # Q
+        self.guess = nn.Sequential(*layers)  # Q's own
 
     def forward(self, x):
         x = self.trunk(x)
@@ -94,17 +94,18 @@ def categorical_bound(logits, c):
     """H(c) + E log Q(c|x) in nats, logits (B, K), c one-hot (B, K), K categories equally likely: at most ln K."""
     return math.log(c.shape[1]) - cross_entropy(logits, c)
 
-def continuous_bound(mean, log_variance, c):
-    """H(c) + E log Q(c|x) in nats for c uniform in [-1, 1] and Q normal, all (B, C), summed over the C codes."""
+def continuous_bound(guesses, c):
+    """H(c) + E log Q(c|x) in nats, summed over the codes c (B, C), uniform in [-1, 1]. Q is normal, and guesses are its
+    means (B, C), if its variances are 1, or means and log variances (B, 2C)."""
+    mean, log_variance = guesses.chunk(2, 1) if guesses.shape[1] > c.shape[1] else (guesses, torch.zeros_like(c))
     log_q = -((c - mean) ** 2 / log_variance.exp() + log_variance + math.log(2 * math.pi)) / 2
     return (math.log(2) + log_q).mean(0).sum()
 
-def information(guesses, c, sizes, variance):
-    """The bound for the categorical codes of these sizes, summed, and for the continuous ones, by Q's guesses."""
-    *logits, mean, log_variance = guesses.split([*sizes, *[(guesses.shape[1] - sum(sizes)) // 2] * 2], 1)
-    *categories, codes = c.split([*sizes, mean.shape[1]], 1)
-    log_variance = log_variance if variance == "learned" else torch.zeros_like(mean)
-    return sum(map(categorical_bound, logits, categories)), continuous_bound(mean, log_variance, codes)
+def information(guesses, c, sizes):
+    """Both bounds (2,) by Q's guesses: of the categorical codes of these sizes, summed, and of the continuous ones."""
+    *logits, rest = guesses.split([*sizes, guesses.shape[1] - sum(sizes)], 1)
+    *categories, numbers = c.split([*sizes, c.shape[1] - sum(sizes)], 1)
+    return torch.stack([sum(map(categorical_bound, logits, categories)), continuous_bound(rest, numbers)])
 
 def draw_codes(n, sizes, continuous, device="cpu"):
     """c (n, sum(sizes) + continuous): a random category, one-hot, for each of sizes, then numbers from [-1, 1]."""
@@ -118,11 +119,11 @@ def augment(x, strength):
 
 def best_matching(table):
     """How many pictures of table (categories, labels), a list of lists, fit the best one-to-one matching, and the label
-    of each category. Exact: of all ways to give the same labels to the first categories only the best is followed."""
-    best = [(0, ())]  # for each set of so many labels: the pictures that fit, a label for each category so far
+    of each category. Exact, category by category: for each set of labels given so far only the best way is kept."""
+    best = [(0, ())]  # ways: the pictures that fit, and the labels of the first categories
     for row in table:
         ways = [(fit + n, (*labels, k)) for fit, labels in best for k, n in enumerate(row) if k not in labels]
-        best = {frozenset(labels): (fit, labels) for fit, labels in sorted(ways)}.values()  # the best comes last
+        best = {frozenset(labels): (fit, labels) for fit, labels in sorted(ways)}.values()  # later ones replace
     return max(best)
 
 def number(kind, low, high=math.inf):  # a type for argparse: an int or a float from low to high
@@ -211,14 +212,14 @@ def open_run(args, argv):
 def build(args):
     """G and D as the flags say."""
     shape, n = (args.img_size, args.img_channels, args.hidden_channels, args.depth, args.hidden), sum(args.categorical)
-    inputs, guesses = args.latent_dim + n + args.continuous, n + 2 * args.continuous
-    return Generator(inputs, *shape), Discriminator(guesses, *shape)
+    guesses = n + args.continuous * (2 if args.continuous_variance == "learned" else 1)
+    return Generator(args.latent_dim + n + args.continuous, *shape), Discriminator(guesses, *shape)
 
 @torch.no_grad()
 def measure(D, data, held_out, args, device):
-    """The error of the first categorical code as a classifier of the pictures at held_out; nan if they have no labels.
-    Draws factors.png: the table of categories and labels, and what the continuous codes have to do with the factors."""
-    size, numbers = args.categorical[0], args.continuous
+    """The error of the first categorical code as a classifier of the pictures at held_out; nan without labels or with
+    over 16. Draws factors.png: which label is in which category, and which continuous code follows which factor."""
+    size, n_codes = args.categorical[0], args.continuous
     n = max(size, data.labels.max().item() + 1) if data.labels is not None else math.inf
     if n > 16:  # there are 2^n sets of labels
         return math.nan
@@ -227,47 +228,45 @@ def measure(D, data, held_out, args, device):
     D.train()
     table = torch.bincount(guesses[:, :size].argmax(1) * n + data.labels[held_out], minlength=n * n).view(n, n)
     fit, labels = best_matching(table.tolist())
-    error, rows = 1 - fit / len(held_out), [f"category {k} = {label}" for k, label in enumerate(labels[:size])]
-    panels = [(f"Held-out pictures, a label a column: error {error:.1%}", table[:size].numpy(), rows, range(n))]
-    if data.factors and numbers:
-        means = guesses[:, sum(args.categorical) :].T[:numbers]  # (C, N)
+    error, shares = 1 - fit / len(held_out), (table / table.sum(0).clamp(min=1))[:size].numpy()
+    rows = [f"category {k} = {label}" for k, label in enumerate(labels[:size])]
+    panels = [(f"Held-out pictures, a label a column: error {error:.1%}", shares, rows, range(n))]
+    if data.factors and n_codes:
+        means = guesses[:, sum(args.categorical) :].T[:n_codes]  # (C, N)
         ranks = torch.stack([*means, *(factor[held_out] for factor in data.factors.values())]).argsort(1).argsort(1)
-        r = ranks.float().corrcoef().abs()[:numbers, numbers:].numpy()  # (C, F)
-        rows = [f"code {j + 1}" for j in range(numbers)]
+        r = ranks.float().corrcoef().abs()[:n_codes, n_codes:].numpy()  # (C, F)
+        rows = [f"code {j + 1}" for j in range(n_codes)]
         panels += [("|Rank correlation| of Q's mean and the factor", r, rows, data.factors)]
     figure = Figure(figsize=(7 * len(panels) + 1, 4.5), layout="constrained")
     for i, (title, values, rows, columns) in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), i + 1, title=title)
-        axes.imshow(values, cmap="Blues", aspect="auto", vmin=0, vmax=max(1, values.max()))
+        axes.imshow(values, cmap="Blues", aspect="auto", vmin=0, vmax=1)
         axes.set(xticks=range(len(columns)), xticklabels=columns, yticks=range(len(rows)), yticklabels=rows)
         for (row, column), value in np.ndenumerate(values):
-            color = "white" if 2 * value > max(1, values.max()) else "black"
-            axes.text(column, row, round(value.item(), 2), ha="center", va="center", color=color)
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="white" if value > 0.5 else "black")
     figure.savefig(Path(args.out) / "factors.png", dpi=100)
     return error
 
 def save_traversals(G, args, device):
-    """traversal.png: a block for each code; traversal.gif: each continuous code to and fro, a category a column."""
-    base = torch.zeros(10, args.latent_dim + sum(args.categorical) + args.continuous)  # ten inputs of G
-    base[:, : args.latent_dim] = fixed_noise(10, args.latent_dim, args.seed)
-    *starts, numbers = np.cumsum([args.latent_dim, *args.categorical])  # where in them each code begins
-    base[:, starts] = 1  # each code's first category
-    blocks, frames = {}, []
-    for k, (start, size) in enumerate(zip(starts, args.categorical, strict=True)):
-        x = blocks[f"categorical code {k + 1}: a row each, z by column"] = base.repeat(size, 1, 1)
-        x[..., start : start + size] = torch.eye(size)[:, None]  # (categories, 10, inputs)
-    every = next(iter(blocks.values()))
+    """traversal.png: a block for each code; traversal.gif: each continuous code to and fro. A category is a row."""
+    noise, n, blocks, frames = fixed_noise(10, args.latent_dim, args.seed), sum(args.categorical), {}, []
+    starts = np.cumsum([0, *args.categorical[:-1]])  # where in c each categorical code begins
+    def block(k, z, values):  # a category of code k in each row; by column z (10 or 1, latent_dim), values (10 or 1, C)
+        c = torch.zeros(args.categorical[k], 10, n + args.continuous)
+        c[..., starts], c[..., n:] = 1, values  # of each code the first category
+        c[..., starts[k] : starts[k] + len(c)] = torch.eye(len(c))[:, None]
+        inputs = torch.cat([z.expand(len(c), 10, -1), c], 2).flatten(0, 1)  # (categories * 10, inputs)
+        return grid(sample(G, inputs.to(device)), 10)
+    for k in range(len(args.categorical)):
+        blocks[f"categorical code {k + 1}: a row each, z by column"] = block(k, noise, torch.zeros(1, args.continuous))
     for j in range(args.continuous):
-        x = blocks[f"continuous code {j + 1}: -2 to 2 (trained: -1 to 1)"] = every.clone()  # (categories, 10, inputs)
-        x[..., : args.latent_dim], x[..., numbers + j] = base[0, : args.latent_dim], torch.linspace(-2, 2, 10)
-        y = every[:, :4].transpose(0, 1).clone()  # (4, categories, inputs)
-        for angle in torch.arange(0, 2 * math.pi, math.pi / 12):
-            y[..., numbers + j] = 2 * angle.sin()
-            frames.append(grid(sample(G, y.flatten(0, 1).to(device)), len(every)))
+        unit = torch.eye(args.continuous)[[j]]  # (1, C)
+        sweep = torch.linspace(-2, 2, 10)[:, None] * unit  # (10, C)
+        blocks[f"continuous code {j + 1}: -2 to 2 (trained: -1 to 1)"] = block(0, noise[:1], sweep)
+        frames += [block(0, noise, 2 * angle.sin() * unit) for angle in torch.arange(0, 2 * math.pi, math.pi / 12)]
     figure = Figure(figsize=(4.5 * len(blocks), 0.5 + 0.45 * max(args.categorical)), layout="constrained")
-    for i, (title, x) in enumerate(blocks.items()):
-        axes = figure.add_subplot(1, len(blocks), i + 1, title=title, xticks=[], yticks=[])
-        axes.imshow(grid(sample(G, x.flatten(0, 1).to(device)), 10))
+    for i, (title, picture) in enumerate(blocks.items()):
+        figure.add_subplot(1, len(blocks), i + 1, title=title, xticks=[], yticks=[]).imshow(picture)
     figure.savefig(Path(args.out) / "traversal.png", dpi=100)
     if frames:
         save_gif(Path(args.out) / "traversal.gif", frames, 100)
@@ -295,7 +294,7 @@ def generate(args, run):
     """--sample N: N single pictures in generated/, and all of them in generated.png."""
     G_ema = AveragedModel(build(args)[0])
     G_ema.load_state_dict(run["G_ema"])
-    torch.manual_seed(args.seed + 1)
+    torch.manual_seed(args.seed + 2)
     c = draw_codes(args.sample, args.categorical, args.continuous)
     z = fixed_noise(args.sample, args.latent_dim, args.seed + 1)
     save_pictures(Path(args.out) / "generated", sample(G_ema, torch.cat([z, c], 1)))
@@ -324,12 +323,13 @@ def train(args, run):
     step, z_fixed = 0, torch.cat([fixed_noise(len(c), args.latent_dim, args.seed), c], 1).to(device)
     shuffled, n = epoch_order(len(images), len(images), args.seed, 0)[0], len(images) // 10
     held_out, training = shuffled[: n or 1], shuffled[n:]  # indexes of pictures
+    weights = torch.tensor([args.info_weight_cat, args.info_weight_cont], device=device)  # of the two bounds
     batch_size = min(args.batch_size, len(training))
     steps_per_epoch = len(training) // batch_size
     args.epochs = args.epochs or max(10, math.ceil(9000 / steps_per_epoch))
     last_step = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
-    numbers = {name: sum(p.numel() for p in parts[name].parameters()) for name in ("G", "D")}
-    facts = {"torch": torch.__version__, "on": f"{device}, {'bf16' if bf16 else 'fp32'}", "parameters": numbers}
+    counts = {name: sum(p.numel() for p in parts[name].parameters()) for name in ("G", "D")}
+    facts = {"torch": torch.__version__, "on": f"{device}, {'bf16' if bf16 else 'fp32'}", "parameters": counts}
     log = ["epoch,step,loss_d,loss_g,d_real,d_fake,grad_norm_d,grad_norm_g,images_per_second,info_cat"]
     log[0] += ",info_cont,code_accuracy,cluster_error"
     if run:
@@ -347,11 +347,12 @@ def train(args, run):
         error = measure(D, data, held_out, args, device)
     (out / "log.csv").write_text("\n".join(log) + "\n")  # without what a killed run logged after its checkpoint
     (out / "args.json").write_text(json.dumps(vars(args) | facts, indent=2) + "\n")
-    print(f"{len(images):,} pictures {tuple(images.shape[1:])}, parameters {numbers}, {facts['on']}, {out}", flush=True)
-    def judge(x):  # D and Q, which has to guess the categories of the first half of x from distorted pictures
-        (logits, guesses), half = D(x), max(2, batch_size // 2)
+    print(f"{len(images):,} pictures {tuple(images.shape[1:])}, parameters {counts}, {facts['on']}, {out}", flush=True)
+    def judge(x):  # D's logits, Q's guesses; the categories of the first half are guessed from distorted pictures
+        logits, guesses = D(x)
         if args.augment:
-            guesses[:half, : sum(sizes)] = D(augment(x[:half], args.augment))[1][:, : sum(sizes)]
+            half, n = max(2, batch_size // 2), sum(sizes)
+            guesses[:half, :n] = D(augment(x[:half], args.augment))[1][:, :n]
         return logits, guesses
     first, stop, started = step, [], time.time()
     ctrl_c = signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # one more step, then save
@@ -371,10 +372,9 @@ def train(args, run):
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 x_fake = G(z)  # kept for the G step
                 (logits_real, _), (logits_fake, guesses) = D(x_real), judge(x_fake.detach())  # detached: no way to G
-            loss_d = discriminator_loss(logits_real, logits_fake)
-            info_cat, info_cont = information(guesses, c, sizes, args.continuous_variance)
+            loss_d, info = discriminator_loss(logits_real, logits_fake), information(guesses, c, sizes)
             opt_d.zero_grad()
-            (loss_d - args.info_weight_cat * info_cat - args.info_weight_cont * info_cont).backward()
+            (loss_d - weights @ info).backward()
             if logging or args.clip_grad_norm:
                 norm_d = nn.utils.clip_grad_norm_(D.parameters(), args.clip_grad_norm or math.inf)
             opt_d.step()
@@ -382,10 +382,9 @@ def train(args, run):
             D.requires_grad_(False)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 logits, guesses = judge(x_fake)
-            loss_g = generator_loss(logits)
-            info_cat, info_cont = information(guesses, c, sizes, args.continuous_variance)
+            loss_g, info = generator_loss(logits), information(guesses, c, sizes)
             opt_g.zero_grad()
-            (loss_g - args.info_weight_cat * info_cat - args.info_weight_cont * info_cont).backward()
+            (loss_g - weights @ info).backward()
             if logging or args.clip_grad_norm:
                 norm_g = nn.utils.clip_grad_norm_(G.parameters(), args.clip_grad_norm or math.inf)
             opt_g.step()
@@ -396,7 +395,7 @@ def train(args, run):
                 speed = (step - first) / (time.time() - started)  # steps a second
                 row = [loss_d, loss_g, logits_real.sigmoid().mean(), logits_fake.sigmoid().mean(), norm_d, norm_g]
                 right = guesses[:, : sizes[0]].argmax(1) == c[:, : sizes[0]].argmax(1)
-                row = torch.stack([*row, info_cat, info_cont, right.float().mean()]).tolist()
+                row = torch.stack([*row, *info, right.float().mean()]).tolist()
                 row.insert(6, speed * batch_size)
                 error = measure(D, data, held_out, args, device) if epoch_ends or stopping else error
                 for name, value in zip(log[0].split(",")[2:], row, strict=False):

@@ -267,8 +267,8 @@ def train(args, run):
     steps_per_epoch = max(1, len(training) // (batch_size * args.critic_steps))
     args.epochs = args.epochs or max(10, math.ceil(4000 / steps_per_epoch))
     last_step = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
-    sizes = {name: sum(p.numel() for p in parts[name].parameters()) for name in ("G", "D")}
-    facts = {"torch": torch.__version__, "on": f"{device}, {'bf16' if bf16 else 'fp32'}", "parameters": sizes}
+    counts = {name: sum(p.numel() for p in parts[name].parameters()) for name in ("G", "D")}
+    facts = {"torch": torch.__version__, "on": f"{device}, {'bf16' if bf16 else 'fp32'}", "parameters": counts}
     log = ["epoch,step,loss_d,loss_g,grad_norm_d,grad_norm_g,images_per_second,wasserstein,wasserstein_heldout"]
     log[0] += ",gradient_penalty,critic_grad_norm"
     if run:
@@ -285,7 +285,7 @@ def train(args, run):
         imageio.imwrite(out / "samples" / "000000.png", grid(sample(G, z_fixed)))
     (out / "log.csv").write_text("\n".join(log) + "\n")  # without what a killed run logged after its checkpoint
     (out / "args.json").write_text(json.dumps(vars(args) | facts, indent=2) + "\n")
-    print(f"{len(images):,} pictures {tuple(images.shape[1:])}, parameters {sizes}, {facts['on']}, {out}", flush=True)
+    print(f"{len(images):,} pictures {tuple(images.shape[1:])}, parameters {counts}, {facts['on']}, {out}", flush=True)
     first, stop, started = step, [], time.time()
     ctrl_c = signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # one more step, then save
     try:
