@@ -116,15 +116,14 @@ def parse_args(argv=None, known=None):
     return args
 
 def pick_device(args):
-    """The device, and whether to compute in bfloat16 there. Raises Misuse."""
+    """The device, and whether to compute in bfloat16: where that is native; emulated it is slow. Raises Misuse."""
     best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         device = torch.zeros(1, device=best if args.device == "auto" else args.device).device
     except (RuntimeError, AssertionError) as error:
         raise Misuse(f"--device {args.device} cannot be used here: {str(error).partition('.')[0]}.") from error
     has = torch.cpu.get_capabilities() if device.type == "cpu" else {"bf16": torch.cuda.is_bf16_supported(False)}
-    native = has.get("avx512_bf16", has.get("bf16", False))  # emulated it would be slow
-    return device, {"bf16": True, "fp32": False}.get(args.precision, native)
+    return device, {"bf16": True, "fp32": False}.get(args.precision, has.get("avx512_bf16", has.get("bf16", False)))
 
 def open_run(args, argv):
     """The checkpoint in args.out, its flags put into args; None for a new run. Raises Misuse or Fault."""
@@ -275,7 +274,8 @@ def train(args, run):
                 gradients = torch.cat([gradients, D[-2].weight.grad.cpu()])[: epoch + epoch_ends]  # whole epochs
                 rest = {name: part.state_dict() for name, part in parts.items()} | {"rng": torch.get_rng_state()}
                 save_atomically(out / "checkpoint.pt", state | rest | {"z_fixed": z_fixed, "gradients": gradients})
-                save_plots(out, gradients)
+                if step % 100 < steps_per_epoch:  # not after each of many short epochs: it takes as long as many steps
+                    save_plots(out, gradients)
             if epoch_ends and args.snapshot_every and (epoch + 1) % args.snapshot_every == 0:
                 save_atomically(out / f"generators/epoch_{epoch + 1:03d}.pt", state | {"G": G_ema.module.state_dict()})
             if stopping:

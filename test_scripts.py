@@ -449,6 +449,22 @@ def test_snapshots_and_sample_grids(script, pictures):
         assert torch.equal(value, checkpoint("r")["G_ema"][f"module.{name}"])
 
 
+def test_plots_are_drawn_after_each_epoch_but_not_all_the_time(script, pictures, digits, monkeypatch):
+    drawn, save_plots = [], script.save_plots
+
+    def spy(out, *args):
+        drawn.append(int(log(out)[-1]["step"]))
+        save_plots(out, *args)
+
+    monkeypatch.setattr(script, "save_plots", spy)
+    run_on_pictures(script, pictures, "r", "--epochs", 35, "--sample-every", 1000)  # 3 steps each
+    assert drawn == [102, 105]  # the first epoch that ends after 100 steps, and the end
+    drawn.clear()
+    run(script, "--data-dir", digits, "--batch-size", 25, "--epochs", 1, "--sample-every", 1000, "--out", "long")
+    assert drawn[0] > 100
+    assert len(drawn) == 2  # after the epoch, and at the end
+
+
 def test_g_step_freezes_d(script, pictures, monkeypatch):
     forwards, network = [], judge(script)
 
