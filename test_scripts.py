@@ -38,7 +38,7 @@ TINY = {
     "mlp_gan": ["--hidden", "4", "8", "--latent-dim", "8"],
     "dcgan": ["--hidden-channels", "4", "8", "--depth", "1", "--latent-dim", "8"],
     "wgan_gp": ["--hidden-channels", "4", "8", "--depth", "1", "--latent-dim", "8", "--critic-steps", "1"],
-    "infogan": ["--hidden-channels", "4", "8", "--depth", "1", "--hidden", "16", "--latent-dim", "8"],
+    "infogan": ["--hidden-channels", "4", "8", "--hidden", "16", "--latent-dim", "8"],
 }
 COMMON_FLAGS = ["dataset", "data_dir", "classes", "background", "img_size"]
 COMMON_FLAGS += ["epochs", "max_steps", "batch_size", "seed", "device", "precision", "compile", "out", "overwrite"]
@@ -1257,7 +1257,7 @@ def test_the_penalty_in_bf16_is_that_of_fp32():
 
 def test_infogan_shapes():
     args = infogan.parse_args(["--categorical", "3", "4", "--continuous", "2", "--latent-dim", "7"])
-    args.img_size, args.img_channels, args.hidden_channels, args.depth = 12, 2, [4, 5], 2
+    args.img_size, args.img_channels, args.hidden_channels = 12, 2, [4, 5]
     assert args.hidden == 512
     G, D = infogan.build(args)
     x = G(torch.randn(5, 7 + 3 + 4 + 2))
