@@ -242,7 +242,7 @@ def save_plots(out):
             axes.plot(log["step"][n - 1 :], np.convolve(log[column], np.ones(n) / n, "valid"), f"C{i}", label=column)
             axes.legend()
         axes.locator_params("x", nbins=5)
-        axes.set(title=title, xlabel="step (generator updates)", ylabel=ylabel, **more)
+        axes.set(title=title, xlabel="step (dark: running mean)", ylabel=ylabel, **more)
     figure.savefig(out / "losses.png", dpi=100)
 
 def generate(args, run):

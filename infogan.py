@@ -223,8 +223,8 @@ def measure(D, data, held_out, args, device):
     table = torch.bincount(guesses[:, :size].argmax(1) * n + data.labels[held_out], minlength=n * n).view(n, n)
     fit, labels = best_matching(table.tolist())
     error, shares = 1 - fit / len(held_out), (table / table.sum(0).clamp(min=1))[:size].numpy()
-    rows = [f"category {k} = {label}" for k, label in enumerate(labels[:size])]
-    panels = [(f"Held-out pictures, a label a column: error {error:.1%}", shares, rows, range(n))]
+    rows = [f"category {k}: {label}" for k, label in enumerate(labels[:size])]
+    panels = [(f"Share of each label (columns) in each category: error {error:.1%}", shares, rows, range(n))]
     if data.factors and n_codes:
         means = guesses[:, sum(args.categorical) :].T[:n_codes]  # (C, N)
         ranks = torch.stack([*means, *(factor[held_out] for factor in data.factors.values())]).argsort(1).argsort(1)
@@ -237,7 +237,8 @@ def measure(D, data, held_out, args, device):
         axes.imshow(values, cmap="Blues", aspect="auto", vmin=0, vmax=1)
         axes.set(xticks=range(len(columns)), xticklabels=columns, yticks=range(len(rows)), yticklabels=rows)
         for (row, column), value in np.ndenumerate(values):
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color="white" if value > 0.5 else "black")
+            text, color = f"{value:.2f}" if value >= 0.005 else "", "white" if value > 0.5 else "black"
+            axes.text(column, row, text, ha="center", va="center", color=color)
     figure.savefig(Path(args.out) / "factors.png", dpi=100)
     return error
 
@@ -245,17 +246,18 @@ def save_traversals(G, args, device):
     """traversal.png: a block for each code; traversal.gif: each continuous code to and fro. A category is a row."""
     noise, n, blocks, frames = fixed_noise(10, args.latent_dim, args.seed), sum(args.categorical), {}, []
     starts = np.cumsum([0, *args.categorical[:-1]])  # where in c each categorical code begins
-    def block(k, z, values):  # a category of code k in each row; by column z (10 or 1, latent_dim), values (10 or 1, C)
-        c = torch.zeros(args.categorical[k], 10, n + args.continuous)
+    def block(k, z, values):  # rows: categories of code k; columns: z (., latent_dim), values (., C), either may be one
+        columns = max(len(z), len(values))
+        c = torch.zeros(args.categorical[k], columns, n + args.continuous)
         c[..., starts], c[..., n:] = 1, values  # of each code the first category
         c[..., starts[k] : starts[k] + len(c)] = torch.eye(len(c))[:, None]
-        inputs = torch.cat([z.expand(len(c), 10, -1), c], 2).flatten(0, 1)  # (categories * 10, inputs)
-        return grid(sample(G, inputs.to(device)), 10)
+        inputs = torch.cat([z.expand(len(c), columns, -1), c], 2).flatten(0, 1)  # (categories * columns, inputs)
+        return grid(sample(G, inputs.to(device)), columns)
     for k in range(len(args.categorical)):
-        blocks[f"categorical code {k + 1}: a row each, z by column"] = block(k, noise, torch.zeros(1, args.continuous))
+        blocks[f"categorical code {k + 1}: by row; z: by column"] = block(k, noise, torch.zeros(1, args.continuous))
     for j in range(args.continuous):
         unit = torch.eye(args.continuous)[[j]]  # (1, C)
-        sweep = torch.linspace(-2, 2, 10)[:, None] * unit  # (10, C)
+        sweep = torch.linspace(-2, 2, 9)[:, None] * unit  # (9, C)
         blocks[f"continuous code {j + 1}: -2 to 2 (trained: -1 to 1)"] = block(0, noise[:1], sweep)
         frames += [block(0, noise, 2 * angle.sin() * unit) for angle in torch.arange(0, 2 * math.pi, math.pi / 12)]
     figure = Figure(figsize=(4.5 * len(blocks), 0.5 + 0.45 * max(args.categorical)), layout="constrained")
@@ -272,8 +274,8 @@ def save_plots(out):
     panels = [("loss_d loss_g", "Loss", "loss", {})]
     panels += [("d_real d_fake", "What D thinks: 0.5 is a draw", "probability of being real", {"ylim": (0, 1)})]
     panels += [("info_cat", "What Q reads of the categories", "information in nats, lower bound", {})]
-    panels += [("info_cont", "What Q reads of the numbers", "information in nats, lower bound", {})]
-    panels += [("code_accuracy cluster_error", "Q's guesses", "share", {"ylim": (0, 1)})]
+    panels += [("info_cont", "What Q reads of the numbers: may be below 0", "information in nats, lower bound", {})]
+    panels += [("code_accuracy cluster_error", "Q right on fakes, wrong on real ones", "share", {"ylim": (0, 1.02)})]
     panels += [("grad_norm_d grad_norm_g", "Gradient norm", "L2 norm of all gradients", {"yscale": "log"})]
     for axes, (columns, title, ylabel, more) in zip(figure.subplots(2, 3).flat, panels, strict=True):
         for i, column in enumerate(columns.split() if log.size else []):
@@ -281,7 +283,7 @@ def save_plots(out):
             axes.plot(log["step"][n - 1 :], np.convolve(log[column], np.ones(n) / n, "valid"), f"C{i}", label=column)
             axes.legend()
         axes.locator_params("x", nbins=5)
-        axes.set(title=title, xlabel="step (generator updates)", ylabel=ylabel, **more)
+        axes.set(title=title, xlabel="step (dark: running mean)", ylabel=ylabel, **more)
     figure.savefig(out / "losses.png", dpi=100)
 
 def generate(args, run):

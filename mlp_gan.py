@@ -162,7 +162,7 @@ def save_plots(out, gradients):
             axes.plot(log["step"][n - 1 :], np.convolve(log[column], np.ones(n) / n, "valid"), f"C{i}", label=column)
             axes.legend()
         axes.locator_params("x", nbins=5)
-        axes.set(title=title, xlabel="step (generator updates)", ylabel=ylabel, **more)
+        axes.set(title=title, xlabel="step (dark: running mean)", ylabel=ylabel, **more)
     figure.savefig(out / "losses.png", dpi=100)
     figure, every = Figure(figsize=(8, 5), layout="constrained"), len(gradients) // 12 + 1
     axes, epochs = figure.subplots(), range(1, len(gradients) + 1, every)
