@@ -18,8 +18,8 @@ What changes from dcgan.py: codes, Q, L; and what the codes mean is measured, on
 trained on, by their labels and by the factors that `digits` were rendered from: cluster_error in the log, factors.png.
 Where this differs from the paper: for half of the fakes Q has to guess the category from a picture that is slanted,
 scaled and shifted at random, so that no slant or size becomes a category (--augment 0: off). z has 16 numbers, not 62.
-The weight of L is 1, for the numbers 0.3 (the paper: 1, or less with numbers). Both rates are 1e-3 (2e-4 for D and Q);
-widths 16, 32 and 512 (64, 128 and 1024); batches of 64 (128); slopes of 0.2 (0.1). z is normal; samples from an average
+The weight of L is 1, for the numbers 0.3 (the paper: 1, or less with numbers). Widths 16, 32 (two layers at each
+resolution) and 512 (64, 128 and 1024); batches of 64 (128); slopes of 0.2 (0.1). z is normal; samples from an average
 of G's weights. Q's variance of the numbers is 1, so that L is at most -0.226 for each of them (--continuous-variance
 learned: free).
 """
@@ -29,7 +29,6 @@ import math
 import signal
 import sys
 import time
-from itertools import pairwise
 from pathlib import Path
 
 import imageio.v2 as imageio
@@ -44,32 +43,37 @@ from common import DATASETS, Fault, Misuse, epoch_order, fixed_noise, grid, load
 from common import save_gif, save_history, save_pictures, to_batch
 
 class Generator(nn.Sequential):
-    """z and c (B, inputs) -> image (B, img_channels, img_size, img_size) in [-1, 1]; shapes below are of the defaults.
+    """z and c (B, inputs) -> image (B, img_channels, img_size, img_size) in [-1, 1]; shapes below: at depth 1.
     hidden_channels: from the image inwards. Raises Fault if img_size cannot be halved once for each of them."""
-    def __init__(self, inputs=28, img_size=28, img_channels=1, hidden_channels=(16, 32), hidden=512):
+    def __init__(self, inputs=28, img_size=28, img_channels=1, hidden_channels=(64, 128), depth=1, hidden=512):
         factor = 2 ** len(hidden_channels)
         if factor == 1 or img_size % factor:
             raise Fault(f"--img-size {img_size} is not a multiple of {max(factor, 2)}: each hidden channel halves it.")
-        start = img_size // factor, img_size // factor, hidden_channels[-1]
+        *rest, channels = hidden_channels
+        start = img_size // factor, img_size // factor, channels
         layers = [nn.Linear(inputs, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(True)]  # (B, 512)
-        layers += [nn.Linear(hidden, math.prod(start), bias=False), nn.Unflatten(1, start)]  # (B, 7, 7, 32)
-        layers += [Permute([0, 3, 1, 2])]  # (B, 32, 7, 7), channels last in memory, as the convolutions want them
-        for channels, width in pairwise([*reversed(hidden_channels), img_channels]):  # (B, 16, 14, 14), (B, 1, 28, 28)
-            conv = nn.ConvTranspose2d(channels, width, 4, 2, 1, bias=False)
-            layers += [nn.BatchNorm2d(channels), nn.ReLU(True), conv]
+        layers += [nn.Linear(hidden, math.prod(start), bias=False), nn.Unflatten(1, start)]  # (B, 7, 7, 128)
+        layers += [Permute([0, 3, 1, 2])]  # (B, 128, 7, 7), channels last in memory, as the convolutions want them
+        for width in [*reversed(rest), img_channels]:  # (B, 64, 14, 14), (B, 1, 28, 28)
+            convs = [nn.Conv2d(channels, channels, 3, 1, 1, bias=False) for _ in range(depth - 1)]
+            for conv in [*convs, nn.ConvTranspose2d(channels, width, 4, 2, 1, bias=False)]:
+                layers += [nn.BatchNorm2d(channels), nn.ReLU(True), conv]
+            channels = width
         super().__init__(*layers, nn.Tanh())
 
 class Discriminator(nn.Module):
     """image (B, img_channels, img_size, img_size) -> logit l (B,) of D(x) = sigmoid(l), and Q's guesses (B, guesses):
     a logit, no softmax, for each category of each categorical code, then the others' means, and log variances."""
-    def __init__(self, guesses=12, img_size=28, img_channels=1, hidden_channels=(16, 32), hidden=512):
+    def __init__(self, guesses=14, img_size=28, img_channels=1, hidden_channels=(64, 128), depth=1, hidden=512):
         super().__init__()
-        layers, size = [], img_size // 2 ** len(hidden_channels)
-        for channels, width in pairwise([img_channels, *hidden_channels]):  # (B, 16, 14, 14), (B, 32, 7, 7)
-            batch_norm = [nn.BatchNorm2d(width)] if layers else []  # not on the first
-            layers += [nn.Conv2d(channels, width, 4, 2, 1), *batch_norm, nn.LeakyReLU(0.2, True)]
-        layers += [Permute([0, 2, 3, 1]), nn.Flatten(), nn.Linear(size**2 * width, hidden)]  # flat as in memory
-        layers += [nn.BatchNorm1d(hidden), nn.LeakyReLU(0.2, True)]
+        layers, channels = [], img_channels
+        for width in hidden_channels:  # (B, 64, 14, 14), (B, 128, 7, 7)
+            for stride in [2] + [1] * (depth - 1):
+                batch_norm = [nn.BatchNorm2d(width)] if layers else []  # not on the first
+                layers += [nn.Conv2d(channels, width, 2 + stride, stride, 1), *batch_norm, nn.LeakyReLU(0.2, True)]
+                channels, img_size = width, img_size // stride
+        layers += [Permute([0, 2, 3, 1]), nn.Flatten()]  # (B, 7 * 7 * 128), as in memory
+        layers += [nn.Linear(img_size**2 * channels, hidden), nn.BatchNorm1d(hidden), nn.LeakyReLU(0.2, True)]
         self.trunk, self.classify = nn.Sequential(*layers), nn.Linear(hidden, 1)  # shared by D and Q, (B, 512); D's own
         layers = [nn.Linear(hidden, 128), nn.BatchNorm1d(128), nn.LeakyReLU(0.2, True), nn.Linear(128, guesses)]
         self.guess = nn.Sequential(*layers)  # Q's own
@@ -90,18 +94,17 @@ def categorical_bound(logits, c):
     """H(c) + E log Q(c|x) in nats, logits (B, K), c one-hot (B, K), K categories equally likely: at most ln K."""
     return math.log(c.shape[1]) - cross_entropy(logits, c)
 
-def continuous_bound(guesses, c):
-    """H(c) + E log Q(c|x) in nats, summed over the codes c (B, C), uniform in [-1, 1]. Q is normal, and guesses are its
-    means (B, C), if its variances are 1, or means and log variances (B, 2C)."""
-    mean, log_variance = guesses.chunk(2, 1) if guesses.shape[1] > c.shape[1] else (guesses, torch.zeros_like(c))
+def continuous_bound(mean, log_variance, c):
+    """H(c) + E log Q(c|x) in nats for c uniform in [-1, 1] and Q normal, all (B, C), summed over the C codes."""
     log_q = -((c - mean) ** 2 / log_variance.exp() + log_variance + math.log(2 * math.pi)) / 2
     return (math.log(2) + log_q).mean(0).sum()
 
-def information(guesses, c, sizes):
+def information(guesses, c, sizes, variance):
     """Both bounds (2,) by Q's guesses: of the categorical codes of these sizes, summed, and of the continuous ones."""
-    *logits, rest = guesses.split([*sizes, guesses.shape[1] - sum(sizes)], 1)
-    *categories, numbers = c.split([*sizes, c.shape[1] - sum(sizes)], 1)
-    return torch.stack([sum(map(categorical_bound, logits, categories)), continuous_bound(rest, numbers)])
+    *logits, mean, log_variance = guesses.split([*sizes, *[(guesses.shape[1] - sum(sizes)) // 2] * 2], 1)
+    *categories, codes = c.split([*sizes, mean.shape[1]], 1)
+    log_variance = log_variance if variance == "learned" else torch.zeros_like(mean)
+    return torch.stack([sum(map(categorical_bound, logits, categories)), continuous_bound(mean, log_variance, codes)])
 
 def draw_codes(n, sizes, continuous, device="cpu"):
     """c (n, sum(sizes) + continuous): a random category, one-hot, for each of sizes, then numbers from [-1, 1]."""
@@ -155,10 +158,11 @@ def parse_args(argv=None, known=None):
     data("--background", default="white", help="what transparent pictures are laid on (%(default)s)")
     data("--img-size", type=count, help="resize the pictures to this (the size of the data; 64 for folder)")
     model("--latent-dim", type=count, default=16, help="how many numbers z has (%(default)s)")
-    model("--hidden-channels", type=count, nargs="+", help="from the image inwards (16 32 ... to about 8x8)")
+    model("--hidden-channels", type=count, nargs="+", help="from the image inwards (32 64 ... / depth, to about 8x8)")
     model("--hidden", type=count, default=512, help="width of G's first layer and of the last shared one (%(default)s)")
+    model("--depth", type=count, help="convolutions at each resolution, the extra ones 3x3 (1; under 64x64 2)")
     adam("--lr-g", type=share, default=1e-3, help="Adam's rate for G (%(default)s)")
-    adam("--lr-d", type=share, default=1e-3, help="Adam's rate for D and Q (%(default)s)")
+    adam("--lr-d", type=share, default=2e-4, help="Adam's rate for D and Q (%(default)s)")
     adam("--betas", type=number(float, 0, 0.9999), nargs=2, default=[0.5, 0.999], help="Adam's memory (0.5 0.999)")
     adam("--adam-eps", type=share, default=1e-8, help="Adam's epsilon (%(default)s)")
     adam("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: down to 0 at the last step")
@@ -205,9 +209,9 @@ def open_run(args, argv):
 
 def build(args):
     """G and D as the flags say."""
-    shape, n = (args.img_size, args.img_channels, args.hidden_channels, args.hidden), sum(args.categorical)
-    guesses = n + args.continuous * (2 if args.continuous_variance == "learned" else 1)
-    return Generator(args.latent_dim + n + args.continuous, *shape), Discriminator(guesses, *shape)
+    shape, n = (args.img_size, args.img_channels, args.hidden_channels, args.depth, args.hidden), sum(args.categorical)
+    inputs, guesses = args.latent_dim + n + args.continuous, n + 2 * args.continuous
+    return Generator(inputs, *shape), Discriminator(guesses, *shape)
 
 @torch.no_grad()
 def measure(D, data, held_out, args, device):
@@ -299,12 +303,13 @@ def train(args, run):
     """Train G and D as the flags say, on from run or from the start, into args.out. Raises Misuse or Fault."""
     out, (device, bf16) = Path(args.out), pick_device(args)
     data = load_data(args.dataset, args.data_dir, args.img_size, args.classes, args.background, device)
-    images, sizes = data.images, args.categorical
+    images, sizes, variance = data.images, args.categorical, args.continuous_variance
     if run and len(images) != args.num_images:
         raise Fault(f"{out} was trained on {args.num_images} pictures, but {len(images)} are there now.")
     args.num_images, args.img_channels, args.img_size, _ = images.shape
+    args.depth = args.depth or (2 if args.img_size < 64 else 1)
     halvings = range(max(1, round(math.log2(args.img_size / 8))))
-    args.hidden_channels = args.hidden_channels or [16 << n for n in halvings]  # what a laptop can do
+    args.hidden_channels = args.hidden_channels or [32 // args.depth << n for n in halvings]  # what a laptop can do
     torch.manual_seed(args.seed + run["step"] if run else args.seed)  # on a GPU a resumed run draws new noise
     G, D = (network.to(device, memory_format=torch.channels_last) for network in build(args))
     G_ema = AveragedModel(G)
@@ -367,7 +372,7 @@ def train(args, run):
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 x_fake = G(z)  # kept for the G step
                 (logits_real, _), (logits_fake, guesses) = D(x_real), judge(x_fake.detach())  # detached: no way to G
-            loss_d, info = discriminator_loss(logits_real, logits_fake), information(guesses, c, sizes)
+            loss_d, info = discriminator_loss(logits_real, logits_fake), information(guesses, c, sizes, variance)
             opt_d.zero_grad()
             (loss_d - weights @ info).backward()
             if logging or args.clip_grad_norm:
@@ -377,7 +382,7 @@ def train(args, run):
             D.requires_grad_(False)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 logits, guesses = judge(x_fake)
-            loss_g, info = generator_loss(logits), information(guesses, c, sizes)
+            loss_g, info = generator_loss(logits), information(guesses, c, sizes, variance)
             opt_g.zero_grad()
             (loss_g - weights @ info).backward()
             if logging or args.clip_grad_norm:

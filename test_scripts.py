@@ -38,7 +38,7 @@ TINY = {
     "mlp_gan": ["--hidden", "4", "8", "--latent-dim", "8"],
     "dcgan": ["--hidden-channels", "4", "8", "--depth", "1", "--latent-dim", "8"],
     "wgan_gp": ["--hidden-channels", "4", "8", "--depth", "1", "--latent-dim", "8", "--critic-steps", "1"],
-    "infogan": ["--hidden-channels", "4", "8", "--hidden", "16", "--latent-dim", "8"],
+    "infogan": ["--hidden-channels", "4", "8", "--depth", "1", "--hidden", "16", "--latent-dim", "8"],
 }
 COMMON_FLAGS = ["dataset", "data_dir", "classes", "background", "img_size"]
 COMMON_FLAGS += ["epochs", "max_steps", "batch_size", "seed", "device", "precision", "compile", "out", "overwrite"]
@@ -1257,7 +1257,7 @@ def test_the_penalty_in_bf16_is_that_of_fp32():
 
 def test_infogan_shapes():
     args = infogan.parse_args(["--categorical", "3", "4", "--continuous", "2", "--latent-dim", "7"])
-    args.img_size, args.img_channels, args.hidden_channels = 12, 2, [4, 5]
+    args.img_size, args.img_channels, args.hidden_channels, args.depth = 12, 2, [4, 5], 2
     assert args.hidden == 512
     G, D = infogan.build(args)
     x = G(torch.randn(5, 7 + 3 + 4 + 2))
@@ -1265,9 +1265,7 @@ def test_infogan_shapes():
     assert x.abs().max() <= 1
     logits, guesses = D(x)
     assert logits.shape == (5,)
-    assert guesses.shape == (5, 3 + 4 + 2)
-    args.continuous_variance = "learned"
-    assert infogan.build(args)[1](x)[1].shape == (5, 3 + 4 + 2 * 2)
+    assert guesses.shape == (5, 3 + 4 + 2 * 2)
     assert D.eval()(x[:1])[0].shape == (1,)
 
 
@@ -1277,18 +1275,18 @@ def test_q_can_be_surer_than_a_softmax_before_the_cross_entropy_allows():
     assert math.log(10) - bound.item() < 1e-4  # a cross-entropy far below 1.46
     assert math.log(10) - infogan.categorical_bound((20 * c).softmax(1), c).item() > 1.46
     assert abs(infogan.categorical_bound(torch.zeros(10, 10), c).item()) < 1e-6  # a guess tells nothing
-    D = infogan.Discriminator(12, 8, 1, [4, 8])
+    D = infogan.Discriminator(14, 8, 1, [4, 8])
     assert isinstance(D.guess[-1], nn.Linear)
     assert D(10 * torch.randn(8, 1, 8, 8))[1].sum(1).sub(1).abs().max() > 0.01  # no probabilities
 
 
 def test_the_bound_of_continuous_codes_against_hand_computed_numbers():
     c = torch.tensor([[0.5, -1.0], [0.0, 1.0]])
-    exact = infogan.continuous_bound(c, c).item()
+    exact = infogan.continuous_bound(c, torch.zeros(2, 2), c).item()
     assert exact == pytest.approx(2 * (math.log(2) - 0.918939), abs=1e-5)  # ln 2 - ln(2 pi) / 2 each
-    off = infogan.continuous_bound(c + 0.5, c).item()
+    off = infogan.continuous_bound(c + 0.5, torch.zeros(2, 2), c).item()
     assert off == pytest.approx(exact - 2 * 0.125, abs=1e-5)
-    sure = infogan.continuous_bound(torch.cat([c, torch.full((2, 2), -2.0)], 1), c).item()
+    sure = infogan.continuous_bound(c, torch.full((2, 2), -2.0), c).item()
     assert sure == pytest.approx(exact + 2, abs=1e-5)
 
 
@@ -1309,12 +1307,12 @@ def test_information_splits_guesses_and_codes_in_the_same_order():
     torch.manual_seed(0)
     c = infogan.draw_codes(50, [4, 3], 2)
     perfect = torch.cat([50 * c[:, :7], c[:, 7:], torch.full((50, 2), -4.0)], 1)
-    cat, cont = infogan.information(perfect, c, [4, 3])
+    cat, cont = infogan.information(perfect, c, [4, 3], "learned")
     assert cat.item() == pytest.approx(math.log(4) + math.log(3), abs=1e-4)
     assert cont.item() == pytest.approx(2 * (math.log(2) - 0.918939 + 2), abs=1e-4)
-    fixed = infogan.information(perfect[:, :-2], c, [4, 3])[1].item()
+    fixed = infogan.information(perfect, c, [4, 3], "fixed")[1].item()
     assert fixed == pytest.approx(2 * (math.log(2) - 0.918939), abs=1e-4)
-    cat, cont = infogan.information(torch.zeros(50, 3), torch.eye(3).repeat(17, 1)[:50], [3])
+    cat, cont = infogan.information(torch.zeros(50, 3), torch.eye(3).repeat(17, 1)[:50], [3], "fixed")
     assert (cat.item(), float(cont)) == (pytest.approx(0, abs=1e-6), 0)  # no continuous codes
 
 
@@ -1332,12 +1330,12 @@ def test_the_matching_is_the_best_one():
 
 def test_the_information_reaches_q_the_trunk_and_g_but_not_the_head_of_d():
     torch.manual_seed(0)
-    G, D = infogan.Generator(20, 8, 1, [4, 8]), infogan.Discriminator(12, 8, 1, [4, 8])
+    G, D = infogan.Generator(20, 8, 1, [4, 8]), infogan.Discriminator(14, 8, 1, [4, 8])
     c = infogan.draw_codes(16, [10], 2)
     for bound in (0, 1):
         _, guesses = D(G(torch.cat([torch.randn(16, 8), c], 1)))
         D.zero_grad(), G.zero_grad()
-        infogan.information(guesses, c, [10])[bound].backward()
+        infogan.information(guesses, c, [10], "fixed")[bound].backward()
         for network in (G, D.trunk, D.guess):
             assert all(p.grad.abs().sum() > 0 for p in network.parameters() if p.dim() > 1)
         assert all(p.grad is None or p.grad.abs().sum() == 0 for p in D.classify.parameters())
@@ -1398,7 +1396,7 @@ def confident(monkeypatch, table):
 
     def forward(self, x):
         label = ((x[:, 0, 0, 0] + 1) * 127.5).round().long()
-        return x[:, 0, 0, 0], torch.cat([nn.functional.one_hot(table[label], 10), torch.zeros(len(x), 2)], 1).float()
+        return x[:, 0, 0, 0], torch.cat([nn.functional.one_hot(table[label], 10), torch.zeros(len(x), 4)], 1).float()
 
     monkeypatch.setattr(infogan.Discriminator, "forward", forward)
     return infogan.Discriminator()
@@ -1428,7 +1426,7 @@ def test_the_codes_of_the_digits_are_compared_with_their_factors(digits, monkeyp
         n = len(x)
         means = torch.stack([-((factor[forward.at : forward.at + n]) ** 3), torch.randn(n)], 1)
         forward.at += n
-        return x[:, 0, 0, 0], torch.cat([torch.zeros(n, 10), means], 1)
+        return x[:, 0, 0, 0], torch.cat([torch.zeros(n, 10), means, torch.zeros(n, 2)], 1)
 
     forward.at = 0
     monkeypatch.setattr(infogan.Discriminator, "forward", forward)

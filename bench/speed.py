@@ -86,7 +86,7 @@ def losses(script, args):
         sizes, n = args.categorical, sum(args.categorical)
         half = D(script.augment(fake[: len(fake) // 2], args.augment))[1]
         guesses = torch.cat([torch.cat([half, guesses[len(half) :]])[:, :n], guesses[:, n:]], 1)
-        bounds = script.information(guesses, args.c, sizes)
+        bounds = script.information(guesses, args.c, sizes, args.continuous_variance)
         return logits, args.info_weight_cat * bounds[0] + args.info_weight_cont * bounds[1]
     def info_d(D, real, fake):
         logits, bound = guess(D, fake)
