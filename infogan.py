@@ -248,17 +248,16 @@ def measure(D, data, held_out, args, device):
 
 def save_traversals(G, args, device):
     """traversal.png: a block for each code; traversal.gif: each continuous code to and fro. A category is a row."""
-    noise, n, blocks, frames = fixed_noise(10, args.latent_dim, args.seed), sum(args.categorical), {}, []
+    noise, n, blocks, frames = fixed_noise(9, args.latent_dim, args.seed), sum(args.categorical), {}, []
     starts = np.cumsum([0, *args.categorical[:-1]])  # where in c each categorical code begins
-    def block(k, z, values):  # rows: categories of code k; columns: z (., latent_dim), values (., C), either may be one
-        columns = max(len(z), len(values))
-        c = torch.zeros(args.categorical[k], columns, n + args.continuous)
+    def block(k, z, values):  # a category of code k a row; by column z (9 or 1, latent_dim) and values (9 or 1, C)
+        c = torch.zeros(args.categorical[k], 9, n + args.continuous)
         c[..., starts], c[..., n:] = 1, values  # of each code the first category
         c[..., starts[k] : starts[k] + len(c)] = torch.eye(len(c))[:, None]
-        inputs = torch.cat([z.expand(len(c), columns, -1), c], 2).flatten(0, 1)  # (categories * columns, inputs)
-        return grid(sample(G, inputs.to(device)), columns)
+        inputs = torch.cat([z.expand(len(c), 9, -1), c], 2).flatten(0, 1)  # (categories * 9, inputs)
+        return grid(sample(G, inputs.to(device)), 9)
     for k in range(len(args.categorical)):
-        blocks[f"categorical code {k + 1}: by row; z: by column"] = block(k, noise, torch.zeros(1, args.continuous))
+        blocks[f"categorical code {k + 1}: a row each, z by column"] = block(k, noise, torch.zeros(1, args.continuous))
     for j in range(args.continuous):
         unit = torch.eye(args.continuous)[[j]]  # (1, C)
         sweep = torch.linspace(-2, 2, 9)[:, None] * unit  # (9, C)
