@@ -48,7 +48,7 @@ class Generator(nn.Sequential):
     def __init__(self, inputs=28, img_size=28, img_channels=1, hidden_channels=(64, 128), depth=1, hidden=512):
         factor = 2 ** len(hidden_channels)
         if factor == 1 or img_size % factor:
-            raise Fault(f"--img-size {img_size} is not a multiple of {max(factor, 2)}: each hidden channel halves it.")
+            raise Fault(f"--img-size {img_size} is not a multiple of {max(factor, 2)}: fewer --hidden-channels need less.")
         *rest, channels = hidden_channels
         start = img_size // factor, img_size // factor, channels
         layers = [nn.Linear(inputs, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(True)]  # (B, 512)
@@ -192,15 +192,17 @@ def open_run(args, argv):
     """The checkpoint in args.out, its flags put into args; None for a new run. Raises Misuse or Fault."""
     path = Path(args.out) / "checkpoint.pt"
     if not (args.resume or args.sample):
-        if path.with_name("args.json").exists() and not args.overwrite:
+        if any(path.with_name(name).exists() for name in ("args.json", path.name)) and not args.overwrite:
             raise Misuse(f"{args.out} holds a run: --resume continues it, --overwrite replaces it, --out avoids it.")
         return None
     try:
         run = torch.load(path, map_location="cpu", weights_only=True)
         flags = run["args"] | {"out": args.out, "max_steps": None}
         vars(args).update(vars(parse_args(argv, argparse.Namespace(**flags))))
+        for name, network in zip("GD", build(argparse.Namespace(**flags)), strict=True):
+            network.load_state_dict(run[name])  # only to see if they fit
     except Exception as error:  # torch.load raises many kinds for a file that is not a checkpoint
-        raise Fault(f"{path} is missing or damaged: name another folder, or start with --overwrite.") from error
+        raise Fault(f"{path} is missing, damaged or of other networks: change --out, or --overwrite it.") from error
     free = {"epochs", "max_steps", "device", "data_dir", "out", "overwrite", "resume", "sample", args.sample and "seed"}
     for name, value in flags.items():
         if getattr(args, name) != value and name not in free:
@@ -303,12 +305,12 @@ def train(args, run):
     out, (device, bf16) = Path(args.out), pick_device(args)
     data = load_data(args.dataset, args.data_dir, args.img_size, args.classes, args.background, device)
     images, sizes, variance = data.images, args.categorical, args.continuous_variance
-    if run and len(images) != args.num_images:
-        raise Fault(f"{out} was trained on {args.num_images} pictures, but {len(images)} are there now.")
+    if run and images.shape[:2] != (args.num_images, args.img_channels):
+        raise Fault(f"{out} was trained on {args.num_images} pictures of {args.img_channels} channels: they are not here.")
     args.num_images, args.img_channels, args.img_size, _ = images.shape
     args.depth = args.depth or (2 if args.img_size < 64 else 1)
     halvings = range(max(1, round(math.log2(args.img_size / 8))))
-    args.hidden_channels = args.hidden_channels or [32 // args.depth << n for n in halvings]  # what a laptop can do
+    args.hidden_channels = args.hidden_channels or [max(1, 32 // args.depth) << n for n in halvings]  # a laptop's
     torch.manual_seed(args.seed + run["step"] if run else args.seed)  # on a GPU a resumed run draws new noise
     G, D = (network.to(device, memory_format=torch.channels_last) for network in build(args))
     G_ema = AveragedModel(G)
@@ -336,9 +338,10 @@ def train(args, run):
             part.load_state_dict(run[name])
         step, z_fixed, error = run["step"], run["z_fixed"].to(device), run["cluster_error"]
         torch.set_rng_state(run["rng"])
-        log += [row for row in (out / "log.csv").read_text().splitlines()[1:] if int(row.split(",")[1]) <= step]
+        rows = (out / "log.csv").read_text().splitlines()[1:] if (out / "log.csv").exists() else []
+        log += [row for row in rows if row.count(",") == log[0].count(",") and int(row.split(",")[1]) <= step]
     else:
-        for name in ["checkpoint.pt", "samples/*.png", "generators/*.pt"] * args.overwrite:  # of the run replaced
+        for name in ["checkpoint.pt", "samples/[0-9]*.png", "generators/*.pt"] * args.overwrite:  # of the run replaced
             list(map(Path.unlink, sorted(out.glob(name))))
         (out / "samples").mkdir(parents=True, exist_ok=True)
         imageio.imwrite(out / "real.png", grid(images[:: len(images) // 64 or 1][:64].cpu()))

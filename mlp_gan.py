@@ -6,18 +6,15 @@ to be real. D learns to tell pictures of the data, x, from G's, and G learns to 
     D maximises  log D(x) + log(1 - D(G(z)))    loss_d = -mean log D(x) - mean log(1 - D(G(z)))
     G maximises  log D(G(z))                    loss_g = -mean log D(G(z))       (--loss nonsaturating)
     or minimises log(1 - D(G(z)))               loss_g = mean log(1 - D(G(z)))   (--loss minimax)
-Minimax is the game of the theory. But while D sees through G, D(G(z)) is near 0, and so is the slope of log(1 - D) by
-D's logit, -D(G(z)): G learns nothing. That of -log D is D(G(z)) - 1, near -1. At the equilibrium G(z) is distributed as
-x is: D(x) = D(G(z)) = 1/2, loss_d = 2 ln 2 = 1.386, acc_real = acc_fake = 50 %. In practice D stays ahead.
+Minimax is the theory's. But while D sees through G, its slope by D's logit, -D(G(z)), is near 0: G learns nothing. That
+of -log D is near -1. At the equilibrium D is 1/2 everywhere, loss_d = 2 ln 2 = 1.386; in practice D stays ahead.
     python mlp_gan.py                           # the built-in digits, no download
     python mlp_gan.py --dataset mnist --epochs 20
 What breaks it: batch norm in every block of both networks, and no dropout. What mends it: dropout in its place.
     python mlp_gan.py --dataset mnist --epochs 20 --img-size 64 --hidden 512 512 512 --norm batch --dropout 0 --out bn
     python mlp_gan.py --dataset mnist --epochs 20 --img-size 64 --hidden 512 512 512 --norm dropout --out dropout
-One might expect both terms of loss_d to stay at ln 2. We saw D win at once: after epoch 3 D(G(z)) < 0.01, the
-gradients of D's last layer (gradients.png) fall from 1e-3 to 1e-5, and all samples are the same noise. With dropout
-these gradients stay near 0.3, loss_d falls from 1.4 to 0.8, and all ten digits appear.
-
+With batch norm D wins at once: after epoch 3 D(G(z)) < 0.01, the gradients of D's last layer (gradients.png) fall from
+1e-3 to 1e-5, all samples are the same noise. With dropout they stay near 0.3, and all ten digits appear.
 Where this differs from the paper: LeakyReLU, not ReLU in G and maxout in D; Adam, not momentum; z is normal, and the
 same in the G step as in the D step; G ends in tanh; narrower; batch 64; dropout 0.3; samples from an average of G."""
 import argparse
@@ -129,15 +126,17 @@ def open_run(args, argv):
     """The checkpoint in args.out, its flags put into args; None for a new run. Raises Misuse or Fault."""
     path = Path(args.out) / "checkpoint.pt"
     if not (args.resume or args.sample):
-        if path.with_name("args.json").exists() and not args.overwrite:
+        if any(path.with_name(name).exists() for name in ("args.json", path.name)) and not args.overwrite:
             raise Misuse(f"{args.out} holds a run: --resume continues it, --overwrite replaces it, --out avoids it.")
         return None
     try:
         run = torch.load(path, map_location="cpu", weights_only=True)
         flags = run["args"] | {"out": args.out, "max_steps": None}
         vars(args).update(vars(parse_args(argv, argparse.Namespace(**flags))))
+        for name, network in zip("GD", build(argparse.Namespace(**flags)), strict=True):
+            network.load_state_dict(run[name])  # only to see if they fit
     except Exception as error:  # torch.load raises many kinds for a file that is not a checkpoint
-        raise Fault(f"{path} is missing or damaged: name another folder, or start with --overwrite.") from error
+        raise Fault(f"{path} is missing, damaged or of other networks: change --out, or --overwrite it.") from error
     free = {"epochs", "max_steps", "device", "data_dir", "out", "overwrite", "resume", "sample", args.sample and "seed"}
     for name, value in flags.items():
         if getattr(args, name) != value and name not in free:
@@ -181,8 +180,8 @@ def train(args, run):
     """Train G and D as the flags say, on from run or from the start, into args.out. Raises Misuse or Fault."""
     out, (device, bf16) = Path(args.out), pick_device(args)
     images = load_data(args.dataset, args.data_dir, args.img_size, args.classes, args.background, device).images
-    if run and len(images) != args.num_images:
-        raise Fault(f"{out} was trained on {args.num_images} pictures, but {len(images)} are there now.")
+    if run and images.shape[:2] != (args.num_images, args.img_channels):
+        raise Fault(f"{out} was trained on {args.num_images} pictures of {args.img_channels} channels: they are not here.")
     args.num_images, args.img_channels, args.img_size, _ = images.shape
     torch.manual_seed(args.seed + run["step"] if run else args.seed)  # on a GPU a resumed run draws new noise
     G, D = (network.to(device) for network in build(args))
@@ -205,9 +204,10 @@ def train(args, run):
             part.load_state_dict(run[name])
         step, z_fixed, gradients = run["step"], run["z_fixed"].to(device), run["gradients"]
         torch.set_rng_state(run["rng"])
-        log += [row for row in (out / "log.csv").read_text().splitlines()[1:] if int(row.split(",")[1]) <= step]
+        rows = (out / "log.csv").read_text().splitlines()[1:] if (out / "log.csv").exists() else []
+        log += [row for row in rows if row.count(",") == log[0].count(",") and int(row.split(",")[1]) <= step]
     else:
-        for name in ["checkpoint.pt", "samples/*.png", "generators/*.pt"] * args.overwrite:  # of the run replaced
+        for name in ["checkpoint.pt", "samples/[0-9]*.png", "generators/*.pt"] * args.overwrite:  # of the run replaced
             list(map(Path.unlink, sorted(out.glob(name))))
         (out / "samples").mkdir(parents=True, exist_ok=True)
         imageio.imwrite(out / "real.png", grid(images[:: len(images) // 64 or 1][:64].cpu()))

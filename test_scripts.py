@@ -365,17 +365,49 @@ def damage(name):
     elif name == "of another script":
         run = checkpoint("r")
         torch.save(run | {"args": run["args"] | {"script": "vae"}}, path)
+    elif name == "of an edited network":
+        run = checkpoint("r")
+        torch.save(run | {"D": {f"new.{key}": value for key, value in run["D"].items()}}, path)
+    elif name == "a snapshot of G":
+        torch.save({key: value for key, value in checkpoint("r").items() if key in ("args", "step", "G")}, path)
     else:
         path.unlink()
 
 
-@pytest.mark.parametrize("name", ["truncated", "empty", "another kind of file", "of another script", "gone"])
+DAMAGES = ["truncated", "empty", "another kind of file", "of another script", "of an edited network", "a snapshot of G"]
+
+
+@pytest.mark.parametrize("name", [*DAMAGES, "gone"])
 @pytest.mark.parametrize("action", [["--resume"], ["--sample", "2"]])
 def test_a_checkpoint_that_cannot_be_used(script, pictures, capsys, name, action):
     run_on_pictures(script, pictures, "r", "--max-steps", 1)
     damage(name)
     capsys.readouterr()
     assert "checkpoint.pt" in refusal(capsys, script.main(["--out", "r", *action]))
+
+
+def test_pictures_that_turned_from_grey_to_colour_end_a_resume(script, tmp_path, capsys):
+    grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(4):
+        Image.fromarray(grey + i).save(folder / f"{i}.png")
+    run_on_pictures(script, folder, "r", "--max-steps", 1)
+    Image.fromarray(np.stack([grey, grey + 1, grey + 2], 2)).save(folder / "3.png")
+    capsys.readouterr()
+    assert "r was trained on" in refusal(capsys, script.main(["--out", "r", "--resume", "--max-steps", "2"]))
+
+
+@pytest.mark.parametrize("end", ["\n", "", "1,2,0.", None])  # None: log.csv is gone
+def test_a_resumed_run_mends_its_log(script, pictures, end):
+    run_on_pictures(script, pictures, "r", "--max-steps", 2)
+    path = Path("r/log.csv")
+    whole = path.read_text().splitlines()
+    path.unlink() if end is None else path.write_text("\n".join(whole) + "\n" + end)
+    run_on_pictures(script, pictures, "r", "--resume", "--max-steps", 3)
+    *rows, last = path.read_text().splitlines()
+    assert rows == (whole[:1] if end is None else whole)
+    assert last.split(",")[1] == "3"
 
 
 @pytest.mark.parametrize(
