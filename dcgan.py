@@ -46,7 +46,7 @@ class Generator(nn.Sequential):
                  kernel_size=4, upsample="transpose", depth=1, init="dcgan"):  # fmt: skip
         factor = 2 ** len(hidden_channels)
         if factor == 1 or img_size % factor:
-            raise Fault(f"--img-size {img_size} is not a multiple of {max(factor, 2)}: fewer --hidden-channels need less.")
+            raise Fault(f"--img-size {img_size} is no multiple of {max(factor, 2)}: fewer --hidden-channels need less.")
         *rest, channels = hidden_channels
         start = img_size // factor, img_size // factor, channels
         layers = [nn.Linear(latent_dim, math.prod(start), bias=False), nn.Unflatten(1, start)]  # (B, 8, 8, 512)
@@ -258,7 +258,7 @@ def train(args, run):
     out, (device, bf16) = Path(args.out), pick_device(args)
     images = load_data(args.dataset, args.data_dir, args.img_size, args.classes, args.background, device).images
     if run and images.shape[:2] != (args.num_images, args.img_channels):
-        raise Fault(f"{out} was trained on {args.num_images} pictures of {args.img_channels} channels: they are not here.")
+        raise Fault(f"{out} was trained on {args.num_images} pictures of {args.img_channels} channels, not these.")
     args.num_images, args.img_channels, args.img_size, _ = images.shape
     args.depth = args.depth or (2 if args.img_size < 64 else 1)
     halvings = range(max(1, round(math.log2(args.img_size / 8))))

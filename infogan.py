@@ -48,7 +48,7 @@ class Generator(nn.Sequential):
     def __init__(self, inputs=28, img_size=28, img_channels=1, hidden_channels=(64, 128), depth=1, hidden=512):
         factor = 2 ** len(hidden_channels)
         if factor == 1 or img_size % factor:
-            raise Fault(f"--img-size {img_size} is not a multiple of {max(factor, 2)}: fewer --hidden-channels need less.")
+            raise Fault(f"--img-size {img_size} is no multiple of {max(factor, 2)}: fewer --hidden-channels need less.")
         *rest, channels = hidden_channels
         start = img_size // factor, img_size // factor, channels
         layers = [nn.Linear(inputs, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(True)]  # (B, 512)
@@ -306,7 +306,7 @@ def train(args, run):
     data = load_data(args.dataset, args.data_dir, args.img_size, args.classes, args.background, device)
     images, sizes, variance = data.images, args.categorical, args.continuous_variance
     if run and images.shape[:2] != (args.num_images, args.img_channels):
-        raise Fault(f"{out} was trained on {args.num_images} pictures of {args.img_channels} channels: they are not here.")
+        raise Fault(f"{out} was trained on {args.num_images} pictures of {args.img_channels} channels, not these.")
     args.num_images, args.img_channels, args.img_size, _ = images.shape
     args.depth = args.depth or (2 if args.img_size < 64 else 1)
     halvings = range(max(1, round(math.log2(args.img_size / 8))))
@@ -399,7 +399,8 @@ def train(args, run):
                 right = guesses[:, : sizes[0]].argmax(1) == c[:, : sizes[0]].argmax(1)
                 row = torch.stack([*row, *info, right.float().mean()]).tolist()
                 row.insert(6, speed * batch_size)
-                error = measure(D, data, held_out, args, device) if epoch_ends or stopping else error
+                if epoch_ends and step % 100 < steps_per_epoch:  # after an epoch, or about once in 100 steps
+                    error = measure(D, data, held_out, args, device)
                 for name, value in zip(log[0].split(",")[2:], row, strict=False):
                     if not math.isfinite(value):
                         raise Fault(f"{name} is {value} at step {step}; the last checkpoint is kept. Try a lower rate.")
@@ -428,6 +429,7 @@ def train(args, run):
         save_plots(out)
         save_history(out)
         save_traversals(G_ema, args, device)
+        measure(D, data, held_out, args, device)
     print(f"Step {step} of {last_step}. Look at {out}/samples.gif, traversal.png, traversal.gif and losses.png.")
 
 def main(argv=None):

@@ -181,7 +181,7 @@ def train(args, run):
     out, (device, bf16) = Path(args.out), pick_device(args)
     images = load_data(args.dataset, args.data_dir, args.img_size, args.classes, args.background, device).images
     if run and images.shape[:2] != (args.num_images, args.img_channels):
-        raise Fault(f"{out} was trained on {args.num_images} pictures of {args.img_channels} channels: they are not here.")
+        raise Fault(f"{out} was trained on {args.num_images} pictures of {args.img_channels} channels, not these.")
     args.num_images, args.img_channels, args.img_size, _ = images.shape
     torch.manual_seed(args.seed + run["step"] if run else args.seed)  # on a GPU a resumed run draws new noise
     G, D = (network.to(device) for network in build(args))

@@ -398,6 +398,16 @@ def test_pictures_that_turned_from_grey_to_colour_end_a_resume(script, tmp_path,
     assert "r was trained on" in refusal(capsys, script.main(["--out", "r", "--resume", "--max-steps", "2"]))
 
 
+def test_infogan_measures_its_error_where_an_uninterrupted_run_does(pictures, monkeypatch):
+    monkeypatch.setattr(infogan, "measure", lambda D, *_: next(D.parameters()).flatten()[0].item())
+    run_on_pictures(infogan, pictures, "a", "--max-steps", 108)
+    run_on_pictures(infogan, pictures, "b", "--max-steps", 106)  # the error is measured at step 102, an epoch's end
+    run_on_pictures(infogan, pictures, "b", "--resume", "--max-steps", 108)
+    a, b = ([row.split(",")[-1] for row in Path(out, "log.csv").read_text().splitlines()] for out in "ab")
+    assert a == b
+    assert len(set(a)) == 3  # the name of the column; at the start; from step 102
+
+
 @pytest.mark.parametrize("end", ["\n", "", "1,2,0.", None])  # None: log.csv is gone
 def test_a_resumed_run_mends_its_log(script, pictures, end):
     run_on_pictures(script, pictures, "r", "--max-steps", 2)
