@@ -9,7 +9,6 @@ import math
 import os
 import socket
 import sys
-import time
 import urllib.request
 import zipfile
 from functools import lru_cache, partial
@@ -52,12 +51,11 @@ def load_data(dataset, data_dir="data", img_size=None, classes=None, background=
     except ValueError as error:
         raise Misuse(f"--background {background} is not a colour: give a name like white, or '#rrggbb'.") from error
     data = DATASETS[dataset](dataset, Path(data_dir), img_size, background)
-    if classes and data.labels is None:
-        raise Misuse("--classes needs labels: put the pictures of each class in a sub-folder.")
+    if classes and (data.labels is None or not set(classes) <= set(data.labels.tolist())):
+        raise Misuse(f"--classes {classes}: not all are labels here (those of a folder: its sub-folders, 0, 1, ...).")
     if classes:
-        keep = torch.isin(data.labels, torch.tensor(classes)).nonzero().squeeze(1)
-        factors = data.factors and {name: values[keep] for name, values in data.factors.items()}
-        data = Data(data.images[keep], data.labels[keep], factors)
+        i = torch.isin(data.labels, torch.tensor(classes)).nonzero().squeeze(1)
+        data = Data(data.images[i], data.labels[i], data.factors and {k: v[i] for k, v in data.factors.items()})
     if len(data.images) < 2:
         raise Fault(f"{len(data.images)} pictures are not enough for batch norm: give more, or other --classes.")
     if img_size and img_size != data.images.shape[-1]:
@@ -98,6 +96,7 @@ def grid(images, columns=8):
 def save_pictures(folder, images):
     """uint8 (N, C, H, W) as N single pictures in the folder, and all of them on a grid beside it."""
     folder.mkdir(exist_ok=True)
+    list(map(Path.unlink, sorted(folder.glob("[0-9]*.png"))))  # of another --sample
     for i, image in enumerate(images):
         imageio.imwrite(folder / f"{i:05d}.png", image.permute(1, 2, 0).squeeze(2).numpy())
     imageio.imwrite(f"{folder}.png", grid(images))
@@ -109,12 +108,11 @@ def save_gif(path, frames, duration):
 
 def save_history(out):
     """samples.gif: the grids in out/samples by their steps, 60 of them at most, the last one held."""
-    paths = sorted(out.glob("samples/[0-9]*.png"), key=lambda path: int(path.stem))
+    paths = sorted((p for p in out.glob("samples/*.png") if p.stem.isdecimal()), key=lambda path: int(path.stem))
     save_gif(out / "samples.gif", [imageio.imread(p) for p in paths[:: len(paths) // 60 + 1] + paths[-1:] * 10], 200)
 
 def render_digits(n, seed):
     """n digits, 28x28, white on black, in the fonts that matplotlib ships, each with random factors.
-
     Each glyph is drawn once, large, and turned into distances from its outline, positive inside. Sampled under a
     rotation, slant, scale and shift, these give a smooth outline; adding a constant makes the stroke thicker."""
     glyphs = []
@@ -172,8 +170,11 @@ def save_atomically(path, content):
         torch.save(content, buffer)  # into memory first: straight into a full disk it is no OSError
         content = buffer.getbuffer()
     part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    part.write_bytes(content)
-    os.replace(part, path)
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    finally:  # on a full disk half a file helps nobody
+        part.unlink(missing_ok=True)
 
 def download(urls, path, places, md5=None):
     """Fetch the first of urls that answers with the right md5 into path. Raises Fault, which names the places too."""
@@ -261,10 +262,12 @@ def read_picture(file, size, background):
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 def load_folder(dataset, data_dir, img_size, background):
-    """Every picture below data_dir; sub-folders, by name, are the labels 0, 1, ...; grey pictures have one channel."""
+    """Every picture below data_dir, but for runs; sub-folders, by name, are labels 0, 1, ...; grey: one channel."""
     folder, size = data_dir if dataset == "folder" else data_dir / dataset, img_size or 64
-    names = sorted(os.path.join(top, name) for top, _, files in os.walk(folder) for name in files)
-    names = [name for name in names if name.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"))]
+    names = sorted(os.path.join(top, name) for top, _, files in os.walk(folder, followlinks=True) for name in files)
+    runs = tuple(name.removesuffix("args.json") for name in names if name.endswith(f"{os.sep}args.json"))  # no data
+    names = [n for n in names if n.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"))]
+    names = [name for name in names if not name.startswith(runs)]
     if not names:
         by_hand = "put them there by hand (no script can download celeba and lsun any more), or change --data-dir"
         raise Fault(f"{dataset}: no png, jpg, webp, gif or bmp below {folder}; {by_hand}.")
@@ -272,10 +275,8 @@ def load_folder(dataset, data_dir, img_size, background):
     labels = torch.from_numpy(np.unique(tops, return_inverse=True)[1]) if len(set(tops)) > 1 else None
     if len(names) * 3 * size * size <= RESIDENT:
         return Data(torch.from_numpy(decode(names, size, background, np.empty)), labels)
-    key = hashlib.md5(f"{size} {background}".encode())
-    for name in names:
-        key.update(f"{name} {os.stat(name).st_size} {os.stat(name).st_mtime_ns}".encode())
-    cache = folder / f"decoded-{key.hexdigest()}.npy"
+    stats = [(name, os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in names]
+    cache = folder / f"decoded-{hashlib.md5(repr((size, background, stats)).encode()).hexdigest()}.npy"
     if not cache.exists():
         part = f"{cache}.{os.getpid()}"
         decode(names, size, background, partial(np.lib.format.open_memmap, part, mode="w+"))
@@ -284,15 +285,14 @@ def load_folder(dataset, data_dir, img_size, background):
 
 def decode(names, size, background, new_array, channels=1):
     """The pictures as uint8 (N, 1, size, size), or (N, 3, size, size) as soon as one of them has a colour."""
-    array, started = new_array(shape=(len(names), channels, size, size), dtype=np.uint8), time.time()
+    array = new_array(shape=(len(names), channels, size, size), dtype=np.uint8)
     for i, name in enumerate(names):
         picture = read_picture(name, size, background).numpy()
         if channels == 1 and (picture != picture[:1]).any():
             return decode(names, size, background, new_array, channels=3)
         array[i] = picture[:channels]
         if i % 1000 == 999 and sys.stdout.isatty():
-            left = (time.time() - started) * (len(names) / (i + 1) - 1)
-            print(f"Reading pictures: {i + 1:,} of {len(names):,}, {left:.0f} s left ", end="\r", flush=True)
+            print(f"Reading pictures: {i + 1:,} of {len(names):,} ", end="\r", flush=True)
     return array
 
 DATASETS = {"digits": load_digits, "mnist": load_idx, "fashion": load_idx, "stacked-mnist": load_stacked}

@@ -398,6 +398,55 @@ def test_pictures_that_turned_from_grey_to_colour_end_a_resume(script, tmp_path,
     assert "r was trained on" in refusal(capsys, script.main(["--out", "r", "--resume", "--max-steps", "2"]))
 
 
+def test_runs_below_the_pictures_are_no_pictures_and_links_are_followed(tmp_path, monkeypatch):
+    pixels = np.zeros((4, 4, 3), np.uint8)
+    for folder in ("a", "run/samples", "elsewhere"):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / folder / "0.png")
+    (tmp_path / "run" / "args.json").write_text("{}")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "elsewhere")
+    for folder in ("a", "run"):
+        (tmp_path / folder).rename(tmp_path / "data" / folder)
+    data = common.load_data("folder", tmp_path / "data", 4)
+    assert data.images.shape == (2, 1, 4, 4)
+    assert data.labels.tolist() == [0, 1]
+    monkeypatch.setattr(common, "RESIDENT", 0)  # into a file, under a name that is not UTF-8 too
+    (tmp_path / "data" / "a" / "0.png").rename(tmp_path / "data" / "a" / "caf\udce9.png")
+    assert torch.equal(common.load_data("folder", tmp_path / "data", 4).images, data.images)
+
+
+def test_a_full_disk_leaves_no_half_a_checkpoint(tmp_path, monkeypatch):
+    def full(self, content):
+        with open(self, "wb") as file:
+            file.write(content[:2])
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space"):
+        common.save_atomically(tmp_path / "checkpoint.pt", b"content")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sample_of_fewer_leaves_no_old_ones(tmp_path):
+    for n in (3, 2):
+        common.save_pictures(tmp_path / "generated", torch.zeros(n, 1, 4, 4, dtype=torch.uint8))
+    assert len(list((tmp_path / "generated").iterdir())) == 2
+
+
+def test_a_history_skips_pictures_that_are_not_its_own(tmp_path):
+    (tmp_path / "samples").mkdir()
+    for name in ("000000", "000000 (1)", "2024-holiday"):
+        imageio.imwrite(tmp_path / "samples" / f"{name}.png", np.zeros((8, 8, 3), np.uint8))
+    common.save_history(tmp_path)
+    assert (tmp_path / "samples.gif").exists()
+
+
+@pytest.mark.parametrize("classes", [[0, 99], [99]])
+def test_a_class_that_is_not_there_is_named(digits, classes):
+    with pytest.raises(common.Misuse, match="99"):
+        common.load_data("digits", digits, classes=classes)
+
+
 def test_infogan_measures_its_error_where_an_uninterrupted_run_does(pictures, monkeypatch):
     monkeypatch.setattr(infogan, "measure", lambda D, *_: next(D.parameters()).flatten()[0].item())
     run_on_pictures(infogan, pictures, "a", "--max-steps", 108)
