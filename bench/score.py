@@ -35,8 +35,8 @@ from torchvision.datasets import CIFAR10, MNIST, FashionMNIST
 from torchvision.models import inception_v3
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common import Data, Fault, epoch_order, fixed_noise, grid, load_data, load_folder, render_digits  # noqa: E402
-from common import sample, save_atomically, to_batch  # noqa: E402
+from common import DATASETS, Data, Fault, epoch_order, fixed_noise, grid, load_data, load_folder  # noqa: E402
+from common import render_digits, sample, save_atomically, to_batch  # noqa: E402
 
 COLUMNS = ["epoch", "fd", "fd_floor", "kid", "kid_se", "precision", "recall", "kl", "classes"]
 TESTS = {"mnist": MNIST, "fashion": FashionMNIST, "cifar10": CIFAR10}
@@ -225,7 +225,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Score the samples of runs, or any folders of pictures.")
     add = parser.add_argument
     add("folders", nargs="*", type=Path, help="runs, or folders of pictures to compare with --dataset")
-    add("--dataset", help="of the real images (that of the run)")
+    add("--dataset", choices=list(DATASETS), help="of the real images (that of the run)")
     add("--data-dir", help="where these are (where the run had it; else data)")
     add("--samples", type=int, help="how many (10,000; of stacked-mnist 26,000)")
     add("--features", choices=["classifier", "inception"], default="classifier", help="inception: of ImageNet")

@@ -241,9 +241,9 @@ def main(argv=None):
     rounds, shorter = (1, 30) if args.quick else (args.rounds, 1)
     if args.measure:
         print(measure_memory(int(args.measure[0]), args.measure[1], int(args.measure[2])))
-    if not (args.data or args.measure):
+    if args.scripts or not (args.data or args.measure):
         table_of_scripts(rounds, shorter)
-    if not (args.scripts or args.measure):
+    if args.data or not (args.scripts or args.measure):
         table_of_sizes(rounds, shorter)
 
 if __name__ == "__main__":
