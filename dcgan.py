@@ -131,7 +131,8 @@ def noise_path(z, kind, frames=12):
     a, b, u = z[:, None], z.roll(-1, 0)[:, None], torch.arange(frames).view(-1, 1, 1) / frames
     if kind == "linear":
         return (a + u * (b - a)).flatten(0, 1)
-    angle = torch.cosine_similarity(a, b, dim=-1).acos()[..., None] if kind == "slerp" else torch.tensor(math.pi / 2)
+    cosine = torch.cosine_similarity(a, b, dim=-1)[..., None].clamp(-0.999, 0.999)  # else 0 / 0 where z has one number
+    angle = cosine.acos() if kind == "slerp" else torch.tensor(math.pi / 2)
     return ((((1 - u) * angle).sin() * a + (u * angle).sin() * b) / angle.sin()).flatten(0, 1)
 
 def number(kind, low, high=math.inf):  # a type for argparse: an int or a float from low to high

@@ -447,6 +447,19 @@ def test_a_class_that_is_not_there_is_named(digits, classes):
         common.load_data("digits", digits, classes=classes)
 
 
+@pytest.mark.parametrize("kind", ["linear", "slerp", "rotation"])
+def test_a_path_through_z_of_one_number_is_finite(kind):
+    path = dcgan.noise_path(common.fixed_noise(4 * 32, 1, 0).view(4, 32, 1), kind)
+    assert path.isfinite().all()
+
+
+@pytest.mark.parametrize("script", [dcgan, wgan_gp, infogan])
+def test_networks_deeper_than_their_default_width_have_one_channel(script, pictures):
+    few = ["--dataset", "folder", "--data-dir", pictures, "--img-size", "8", "--batch-size", "8", "--max-steps", "1"]
+    assert script.main([*few, "--depth", "33", "--out", "r"]) == 0
+    assert json.loads(Path("r/args.json").read_text())["hidden_channels"] == [1]
+
+
 def test_infogan_measures_its_error_where_an_uninterrupted_run_does(pictures, monkeypatch):
     monkeypatch.setattr(infogan, "measure", lambda D, *_: next(D.parameters()).flatten()[0].item())
     run_on_pictures(infogan, pictures, "a", "--max-steps", 108)
