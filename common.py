@@ -88,9 +88,9 @@ def sample(G, z):
     return ((x + 1) * 127.5).round().clamp(0, 255).byte()
 
 def grid(images, columns=8):
-    """uint8 (N, C, H, W) -> one picture, uint8 (height, width, 3); small images are enlarged."""
+    """uint8 (N, C, H, W) -> one picture, uint8 (height, width, 3); small ones enlarged, those over 256 reduced."""
     zoom = max(1, 56 // images.shape[-1])
-    images = images.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    images = F.interpolate(images, [min(zoom * images.shape[-1], 256)] * 2)  # to the nearest pixel
     return make_grid(images, columns, padding=2 * zoom, pad_value=96).permute(1, 2, 0).numpy()
 
 def save_pictures(folder, images):

@@ -433,6 +433,12 @@ def test_a_sample_of_fewer_leaves_no_old_ones(tmp_path):
     assert len(list((tmp_path / "generated").iterdir())) == 2
 
 
+def test_a_grid_of_large_pictures_stays_small():
+    picture = torch.arange(600).div(3, rounding_mode="floor").byte().expand(16, 3, 600, 600)
+    assert common.grid(picture).shape == (2 * (256 + 2) + 2, 8 * (256 + 2) + 2, 3)
+    assert (common.grid(picture)[2, 2:258, 0] == picture[0, 0, 0, (torch.arange(256) * 600) // 256].numpy()).all()
+
+
 def test_a_history_skips_pictures_that_are_not_its_own(tmp_path):
     (tmp_path / "samples").mkdir()
     for name in ("000000", "000000 (1)", "2024-holiday"):
