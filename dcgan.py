@@ -262,8 +262,8 @@ def train(args, run):
         raise Fault(f"{out} was trained on {args.num_images} pictures of {args.img_channels} channels, not these.")
     args.num_images, args.img_channels, args.img_size, _ = images.shape
     args.depth = args.depth or (2 if args.img_size < 64 else 1)
-    halvings = range(max(1, round(math.log2(args.img_size / 8))))
-    args.hidden_channels = args.hidden_channels or [max(1, 32 // args.depth) << n for n in halvings]  # a laptop's
+    width, halvings = max(1, 32 // args.depth), range(max(1, round(math.log2(args.img_size / 8))))  # for a laptop
+    args.hidden_channels = args.hidden_channels or [width << n for n in halvings]
     torch.manual_seed(args.seed + run["step"] if run else args.seed)  # on a GPU a resumed run draws new noise
     G, D = (network.to(device, memory_format=torch.channels_last) for network in build(args))
     G_ema = AveragedModel(G)

@@ -6,8 +6,8 @@ to be real. D learns to tell pictures of the data, x, from G's, and G learns to 
     D maximises  log D(x) + log(1 - D(G(z)))    loss_d = -mean log D(x) - mean log(1 - D(G(z)))
     G maximises  log D(G(z))                    loss_g = -mean log D(G(z))       (--loss nonsaturating)
     or minimises log(1 - D(G(z)))               loss_g = mean log(1 - D(G(z)))   (--loss minimax)
-Minimax is the theory's. But while D sees through G, its slope by D's logit, -D(G(z)), is near 0: G learns nothing. That
-of -log D is near -1. At the equilibrium D is 1/2 everywhere, loss_d = 2 ln 2 = 1.386; in practice D stays ahead.
+Minimax is the theory's. But while D sees through G, the slope of log(1 - D) by D's logit, -D(G(z)), is near 0: G learns
+nothing. That of -log D is near -1. At the equilibrium D is 1/2, loss_d = 2 ln 2 = 1.386; in practice D stays ahead.
     python mlp_gan.py                           # the built-in digits, no download
     python mlp_gan.py --dataset mnist --epochs 20
 What breaks it: batch norm in every block of both networks, and no dropout. What mends it: dropout in its place.
