@@ -45,8 +45,8 @@ class Generator(nn.Sequential):
     def __init__(self, latent_dim=100, img_size=64, img_channels=3, hidden_channels=(128, 256, 512),
                  kernel_size=4, upsample="transpose", depth=1, init="dcgan"):  # fmt: skip
         factor = 2 ** len(hidden_channels)
-        if factor == 1 or img_size % factor:
-            raise Fault(f"--img-size {img_size} is no multiple of {max(factor, 2)}: fewer --hidden-channels need less.")
+        if img_size % factor:
+            raise Fault(f"--img-size {img_size} is no multiple of {factor}: fewer --hidden-channels need less.")
         *rest, channels = hidden_channels
         start = img_size // factor, img_size // factor, channels
         layers = [nn.Linear(latent_dim, math.prod(start), bias=False), nn.Unflatten(1, start)]  # (B, 8, 8, 512)

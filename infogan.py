@@ -2,7 +2,7 @@ r"""InfoGAN, of Chen et al. 2016, arXiv 1606.03657: codes that come to mean some
 
 G gets noise z and a code c: a category of ten, and two numbers. A third network Q, which is D but for the last layers,
 guesses c from the picture. G is rewarded if Q guesses right, so that c has to show in the picture: the category as the
-digit, the numbers as slant or width. The reward is a lower bound L of the mutual information I: for any Q(c|x)
+digit, the numbers as slant or width. The reward is a lower bound L of the mutual information I: for any Q, as KL >= 0,
 
     I(c; G(z, c)) = H(c) - H(c|x) = H(c) + E log P(c|x) >= H(c) + E log Q(c|x) = L
 
@@ -16,12 +16,11 @@ For ten categories, guessed perfectly, L is ln 10 = 2.303 nats. loss_d and loss_
 
 What changes from dcgan.py: codes, Q, L; and what the codes mean is measured, on a tenth of the pictures that is not
 trained on, by their labels and by the factors that `digits` were rendered from: cluster_error in the log, factors.png.
-Where this differs from the paper: for half of the fakes Q has to guess the category from a picture that is slanted,
-scaled and shifted at random, so that no slant or size becomes a category (--augment 0: off). z has 16 numbers, not 62.
-The weight of L is 1, for the numbers 0.3 (the paper: 1, or less with numbers). Widths 16, 32 (two layers at each
-resolution) and 512 (64, 128 and 1024); batches of 64 (128); slopes of 0.2 (0.1). z is normal; samples from an average
-of G's weights. Q's variance of the numbers is 1, so that L is at most -0.226 for each of them (--continuous-variance
-learned: free).
+Where this differs from the paper: Q learns categories from fakes that are slanted, scaled and shifted at random, so
+that no slant or size becomes one (--augment 0: off). z has 16 numbers, not 62. The weight of L is 1, for the numbers
+0.3 (the paper: 1, or less with numbers). D's rate is 5e-4 (2e-4); widths 16, 32 and 512 (64, 128 and 1024); batches of
+64 (128); slopes of 0.2 (0.1). z is normal; samples from an average of G's weights. Q's variance of the numbers is 1,
+so that L is at most -0.226 for each of them (--continuous-variance learned: free).
 """
 import argparse
 import json
@@ -43,36 +42,34 @@ from common import DATASETS, Fault, Misuse, epoch_order, fixed_noise, grid, load
 from common import save_gif, save_history, save_pictures, to_batch
 
 class Generator(nn.Sequential):
-    """z and c (B, inputs) -> image (B, img_channels, img_size, img_size) in [-1, 1]; shapes below: at depth 1.
+    """z and c (B, inputs) -> image (B, img_channels, img_size, img_size) in [-1, 1]; shapes below are of the defaults.
     hidden_channels: from the image inwards. Raises Fault if img_size cannot be halved once for each of them."""
-    def __init__(self, inputs=28, img_size=28, img_channels=1, hidden_channels=(64, 128), depth=1, hidden=512):
+    def __init__(self, inputs=28, img_size=28, img_channels=1, hidden_channels=(16, 32), hidden=512):
         factor = 2 ** len(hidden_channels)
-        if factor == 1 or img_size % factor:
-            raise Fault(f"--img-size {img_size} is no multiple of {max(factor, 2)}: fewer --hidden-channels need less.")
+        if img_size % factor:
+            raise Fault(f"--img-size {img_size} is no multiple of {factor}: fewer --hidden-channels need less.")
         *rest, channels = hidden_channels
         start = img_size // factor, img_size // factor, channels
         layers = [nn.Linear(inputs, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(True)]  # (B, 512)
-        layers += [nn.Linear(hidden, math.prod(start), bias=False), nn.Unflatten(1, start)]  # (B, 7, 7, 128)
-        layers += [Permute([0, 3, 1, 2])]  # (B, 128, 7, 7), channels last in memory, as the convolutions want them
-        for width in [*reversed(rest), img_channels]:  # (B, 64, 14, 14), (B, 1, 28, 28)
-            convs = [nn.Conv2d(channels, channels, 3, 1, 1, bias=False) for _ in range(depth - 1)]
-            for conv in [*convs, nn.ConvTranspose2d(channels, width, 4, 2, 1, bias=False)]:
-                layers += [nn.BatchNorm2d(channels), nn.ReLU(True), conv]
+        layers += [nn.Linear(hidden, math.prod(start), bias=False), nn.Unflatten(1, start)]  # (B, 7, 7, 32)
+        layers += [Permute([0, 3, 1, 2])]  # (B, 32, 7, 7), channels last in memory, as the convolutions want them
+        for width in [*reversed(rest), img_channels]:  # (B, 16, 14, 14), (B, 1, 28, 28)
+            layers += [nn.BatchNorm2d(channels), nn.ReLU(True)]
+            layers += [nn.ConvTranspose2d(channels, width, 4, 2, 1, bias=False)]
             channels = width
         super().__init__(*layers, nn.Tanh())
 
 class Discriminator(nn.Module):
     """image (B, img_channels, img_size, img_size) -> logit l (B,) of D(x) = sigmoid(l), and Q's guesses (B, guesses):
-    a logit, no softmax, for each category of each categorical code, then the others' means, and log variances."""
-    def __init__(self, guesses=14, img_size=28, img_channels=1, hidden_channels=(64, 128), depth=1, hidden=512):
+    a logit, no softmax, for each category of each categorical code, then the others' means, then log variances."""
+    def __init__(self, guesses=14, img_size=28, img_channels=1, hidden_channels=(16, 32), hidden=512):
         super().__init__()
         layers, channels = [], img_channels
-        for width in hidden_channels:  # (B, 64, 14, 14), (B, 128, 7, 7)
-            for stride in [2] + [1] * (depth - 1):
-                batch_norm = [nn.BatchNorm2d(width)] if layers else []  # not on the first
-                layers += [nn.Conv2d(channels, width, 2 + stride, stride, 1), *batch_norm, nn.LeakyReLU(0.2, True)]
-                channels, img_size = width, img_size // stride
-        layers += [Permute([0, 2, 3, 1]), nn.Flatten()]  # (B, 7 * 7 * 128), as in memory
+        for width in hidden_channels:  # (B, 16, 14, 14), (B, 32, 7, 7)
+            batch_norm = [nn.BatchNorm2d(width)] if layers else []  # not on the first
+            layers += [nn.Conv2d(channels, width, 4, 2, 1), *batch_norm, nn.LeakyReLU(0.2, True)]
+            channels, img_size = width, img_size // 2
+        layers += [Permute([0, 2, 3, 1]), nn.Flatten()]  # (B, 7 * 7 * 32), as in memory
         layers += [nn.Linear(img_size**2 * channels, hidden), nn.BatchNorm1d(hidden), nn.LeakyReLU(0.2, True)]
         self.trunk, self.classify = nn.Sequential(*layers), nn.Linear(hidden, 1)  # shared by D and Q, (B, 512); D's own
         layers = [nn.Linear(hidden, 128), nn.BatchNorm1d(128), nn.LeakyReLU(0.2, True), nn.Linear(128, guesses)]
@@ -90,21 +87,18 @@ def generator_loss(logits_fake):
     """-log D(G(z)) = softplus(-l). Its gradient is large while D sees through G."""
     return softplus(-logits_fake).mean()
 
-def categorical_bound(logits, c):
-    """H(c) + E log Q(c|x) in nats, logits (B, K), c one-hot (B, K), K categories equally likely: at most ln K."""
-    return math.log(c.shape[1]) - cross_entropy(logits, c)
+def categorical_bound(guesses, c, sizes):
+    """H(c) + E log Q(c|x) in nats of the categorical codes, of these sizes, summed: ln of the size each, at most."""
+    n = sum(sizes)
+    pairs = zip(guesses[:, :n].split(sizes, 1), c[:, :n].split(sizes, 1), strict=True)  # each (B, size)
+    return sum(math.log(code.shape[1]) - cross_entropy(logits, code) for logits, code in pairs)
 
-def continuous_bound(mean, log_variance, c):
-    """H(c) + E log Q(c|x) in nats for c uniform in [-1, 1] and Q normal, all (B, C), summed over the C codes."""
-    log_q = -((c - mean) ** 2 / log_variance.exp() + log_variance + math.log(2 * math.pi)) / 2
-    return (math.log(2) + log_q).mean(0).sum()
-
-def information(guesses, c, sizes, variance):
-    """Both bounds (2,) by Q's guesses: of the categorical codes of these sizes, summed, and of the continuous ones."""
-    *logits, mean, log_variance = guesses.split([*sizes, *[(guesses.shape[1] - sum(sizes)) // 2] * 2], 1)
-    *categories, codes = c.split([*sizes, mean.shape[1]], 1)
+def continuous_bound(guesses, c, sizes, variance):
+    """H(c) + E log Q(c|x) in nats of the codes uniform in [-1, 1], summed; Q is normal, its variance learned or 1."""
+    mean, log_variance = guesses[:, sum(sizes) :].chunk(2, 1)  # (B, C) each
     log_variance = log_variance if variance == "learned" else torch.zeros_like(mean)
-    return torch.stack([sum(map(categorical_bound, logits, categories)), continuous_bound(mean, log_variance, codes)])
+    log_q = -((c[:, sum(sizes) :] - mean) ** 2 / log_variance.exp() + log_variance + math.log(2 * math.pi)) / 2
+    return (math.log(2) + log_q).mean(0).sum()
 
 def draw_codes(n, sizes, continuous, device="cpu"):
     """c (n, sum(sizes) + continuous): a random category, one-hot, for each of sizes, then numbers from [-1, 1]."""
@@ -158,11 +152,10 @@ def parse_args(argv=None, known=None):
     data("--background", default="white", help="what transparent pictures are laid on (%(default)s)")
     data("--img-size", type=count, help="resize the pictures to this (the size of the data; 64 for folder)")
     model("--latent-dim", type=count, default=16, help="how many numbers z has (%(default)s)")
-    model("--hidden-channels", type=count, nargs="+", help="from the image inwards (32 64 ... / depth, to about 8x8)")
+    model("--hidden-channels", type=count, nargs="+", help="from the image inwards (16 32; at 64x64: 32 64 128)")
     model("--hidden", type=count, default=512, help="width of G's first layer and of the last shared one (%(default)s)")
-    model("--depth", type=count, help="convolutions at each resolution, the extra ones 3x3 (1; under 64x64 2)")
     adam("--lr-g", type=share, default=1e-3, help="Adam's rate for G (%(default)s)")
-    adam("--lr-d", type=share, default=2e-4, help="Adam's rate for D and Q (%(default)s)")
+    adam("--lr-d", type=share, default=5e-4, help="Adam's rate for D and Q (%(default)s)")
     adam("--betas", type=number(float, 0, 0.9999), nargs=2, default=[0.5, 0.999], help="Adam's memory (0.5 0.999)")
     adam("--adam-eps", type=share, default=1e-8, help="Adam's epsilon (%(default)s)")
     adam("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: down to 0 at the last step")
@@ -173,7 +166,7 @@ def parse_args(argv=None, known=None):
     info("--continuous-variance", choices=["fixed", "learned"], default="fixed", help="of Q; fixed is 1 (fixed)")
     info("--info-weight-cat", type=amount, default=1, help="weight of the bound for categories (%(default)s)")
     info("--info-weight-cont", type=amount, default=0.3, help="weight of the bound for numbers (%(default)s)")
-    info("--augment", type=share, default=0.25, help="how far to distort for Q (%(default)s)")
+    info("--augment", type=share, default=0.25, help="how far to distort what Q learns from (%(default)s)")
     args = parser.parse_args(argv, known)
     args.script, args.out = "infogan", args.out or f"runs/infogan-{args.dataset}"
     return args
@@ -211,9 +204,8 @@ def open_run(args, argv):
 
 def build(args):
     """G and D as the flags say."""
-    shape, n = (args.img_size, args.img_channels, args.hidden_channels, args.depth, args.hidden), sum(args.categorical)
-    inputs, guesses = args.latent_dim + n + args.continuous, n + 2 * args.continuous
-    return Generator(inputs, *shape), Discriminator(guesses, *shape)
+    shape, n = (args.img_size, args.img_channels, args.hidden_channels, args.hidden), sum(args.categorical)
+    return Generator(args.latent_dim + n + args.continuous, *shape), Discriminator(n + 2 * args.continuous, *shape)
 
 @torch.no_grad()
 def measure(D, data, held_out, args, device):
@@ -235,8 +227,7 @@ def measure(D, data, held_out, args, device):
         means = guesses[:, sum(args.categorical) :].T[:n_codes]  # (C, N)
         ranks = torch.stack([*means, *(factor[held_out] for factor in data.factors.values())]).argsort(1).argsort(1)
         r = ranks.float().corrcoef().abs()[:n_codes, n_codes:].numpy()  # (C, F)
-        rows = [f"code {j + 1}" for j in range(n_codes)]
-        panels += [("|Rank correlation| of Q's mean and the factor", r, rows, data.factors)]
+        panels += [("|Rank correlation|: code and factor", r, [f"code {j + 1}" for j in range(n_codes)], data.factors)]
     figure = Figure(figsize=(7 * len(panels) + 1, 4.5), layout="constrained")
     for i, (title, values, rows, columns) in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), i + 1, title=title)
@@ -250,14 +241,12 @@ def measure(D, data, held_out, args, device):
 
 def save_traversals(G, args, device):
     """traversal.png: a block for each code; traversal.gif: each continuous code to and fro. A category is a row."""
-    noise, n, blocks, frames = fixed_noise(9, args.latent_dim, args.seed), sum(args.categorical), {}, []
-    starts = np.cumsum([0, *args.categorical[:-1]])  # where in c each categorical code begins
+    noise, blocks, frames = fixed_noise(9, args.latent_dim, args.seed), {}, []
     def block(k, z, values):  # a category of code k a row; by column z (9 or 1, latent_dim) and values (9 or 1, C)
-        c = torch.zeros(args.categorical[k], 9, n + args.continuous)
-        c[..., starts], c[..., n:] = 1, values  # of each code the first category
-        c[..., starts[k] : starts[k] + len(c)] = torch.eye(len(c))[:, None]
-        inputs = torch.cat([z.expand(len(c), 9, -1), c], 2).flatten(0, 1)  # (categories * 9, inputs)
-        return grid(sample(G, inputs.to(device)), 9)
+        category = torch.arange(args.categorical[k])[:, None].expand(-1, 9)  # (categories, 9)
+        codes = [one_hot(category * (i == k), size) for i, size in enumerate(args.categorical)]  # others: the first
+        inputs = [part.expand(*category.shape, -1) for part in (z, *codes, values)]
+        return grid(sample(G, torch.cat(inputs, 2).flatten(0, 1).to(device)), 9)
     for k in range(len(args.categorical)):
         blocks[f"categorical code {k + 1}: a row each, z by column"] = block(k, noise, torch.zeros(1, args.continuous))
     for j in range(args.continuous):
@@ -280,7 +269,7 @@ def save_plots(out):
     panels += [("d_real d_fake", "What D thinks: 0.5 is a draw", "probability of being real", {"ylim": (0, 1)})]
     panels += [("info_cat", "What Q reads of the categories", "information in nats, lower bound", {})]
     panels += [("info_cont", "What Q reads of the numbers: may be below 0", "information in nats, lower bound", {})]
-    panels += [("code_accuracy cluster_error", "Q right on fakes, wrong on real ones", "share", {"ylim": (0, 1.02)})]
+    panels += [("code_accuracy cluster_error", "Q: accuracy on fakes, error on data", "share", {"ylim": (0, 1.02)})]
     panels += [("grad_norm_d grad_norm_g", "Gradient norm", "L2 norm of all gradients", {"yscale": "log"})]
     for axes, (columns, title, ylabel, more) in zip(figure.subplots(2, 3).flat, panels, strict=True):
         for i, column in enumerate(columns.split() if log.size else []):
@@ -308,9 +297,8 @@ def train(args, run):
     if run and images.shape[:2] != (args.num_images, args.img_channels):
         raise Fault(f"{out} was trained on {args.num_images} pictures of {args.img_channels} channels, not these.")
     args.num_images, args.img_channels, args.img_size, _ = images.shape
-    args.depth = args.depth or (2 if args.img_size < 64 else 1)
-    width, halvings = max(1, 32 // args.depth), range(max(1, round(math.log2(args.img_size / 8))))  # for a laptop
-    args.hidden_channels = args.hidden_channels or [width << n for n in halvings]
+    width, halvings = 16 if args.img_size < 64 else 32, range(max(1, round(math.log2(args.img_size / 8))))
+    args.hidden_channels = args.hidden_channels or [width << n for n in halvings]  # narrow, for a laptop
     torch.manual_seed(args.seed + run["step"] if run else args.seed)  # on a GPU a resumed run draws new noise
     G, D = (network.to(device, memory_format=torch.channels_last) for network in build(args))
     G_ema = AveragedModel(G)
@@ -324,7 +312,6 @@ def train(args, run):
     step, z_fixed = 0, torch.cat([fixed_noise(len(c), args.latent_dim, args.seed), c], 1).to(device)
     shuffled, n = epoch_order(len(images), len(images), args.seed, 0)[0], len(images) // 10
     held_out, training = shuffled[: n or 1], shuffled[n:]  # indexes of pictures
-    weights = torch.tensor([args.info_weight_cat, args.info_weight_cont], device=device)  # of the two bounds
     batch_size = min(args.batch_size, len(training))
     steps_per_epoch = len(training) // batch_size
     args.epochs = args.epochs or max(10, math.ceil(9000 / steps_per_epoch))
@@ -350,12 +337,6 @@ def train(args, run):
     (out / "log.csv").write_text("\n".join(log) + "\n")  # without what a killed run logged after its checkpoint
     (out / "args.json").write_text(json.dumps(vars(args) | facts, indent=2) + "\n")
     print(f"{len(images):,} pictures {tuple(images.shape[1:])}, parameters {counts}, {facts['on']}, {out}", flush=True)
-    def judge(x):  # D's logits, Q's guesses; the categories of the first half are guessed from distorted pictures
-        logits, guesses = D(x)
-        if args.augment:
-            half, n = max(2, batch_size // 2), sum(sizes)
-            guesses[:half, :n] = D(augment(x[:half], args.augment))[1][:, :n]
-        return logits, guesses
     first, stop, started = step, [], time.time()
     ctrl_c = signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # one more step, then save
     try:
@@ -373,20 +354,23 @@ def train(args, run):
             z = torch.cat([torch.randn(batch_size, args.latent_dim, device=device), c], 1)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 x_fake = G(z)  # kept for the G step
-                (logits_real, _), (logits_fake, guesses) = D(x_real), judge(x_fake.detach())  # detached: no way to G
-            loss_d, info = discriminator_loss(logits_real, logits_fake), information(guesses, c, sizes, variance)
+                (logits_real, _), (logits_fake, guesses) = D(x_real), D(x_fake.detach())  # detached: no way to G
+                _, warped = D(augment(x_fake.detach(), args.augment))  # from these Q learns the categories
+            loss_d = discriminator_loss(logits_real, logits_fake)
+            info_cat, info_cont = categorical_bound(warped, c, sizes), continuous_bound(guesses, c, sizes, variance)
             opt_d.zero_grad()
-            (loss_d - weights @ info).backward()
+            (loss_d - args.info_weight_cat * info_cat - args.info_weight_cont * info_cont).backward()
             if logging or args.clip_grad_norm:
                 norm_d = nn.utils.clip_grad_norm_(D.parameters(), args.clip_grad_norm or math.inf)
             opt_d.step()
-            # (2) G step: maximise log D(G(z, c)) + weight L for the same z and c, with D and Q frozen
+            # (2) G step: maximise log D(G(z, c)) + weight L for the same z and c, the weights of D and Q frozen
             D.requires_grad_(False)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                logits, guesses = judge(x_fake)
-            loss_g, info = generator_loss(logits), information(guesses, c, sizes, variance)
+                logits, guesses = D(x_fake)
+            loss_g = generator_loss(logits)
+            info_cat, info_cont = categorical_bound(guesses, c, sizes), continuous_bound(guesses, c, sizes, variance)
             opt_g.zero_grad()
-            (loss_g - weights @ info).backward()
+            (loss_g - args.info_weight_cat * info_cat - args.info_weight_cont * info_cont).backward()
             if logging or args.clip_grad_norm:
                 norm_g = nn.utils.clip_grad_norm_(G.parameters(), args.clip_grad_norm or math.inf)
             opt_g.step()
@@ -397,7 +381,7 @@ def train(args, run):
                 speed = (step - first) / (time.time() - started)  # steps a second
                 row = [loss_d, loss_g, logits_real.sigmoid().mean(), logits_fake.sigmoid().mean(), norm_d, norm_g]
                 right = guesses[:, : sizes[0]].argmax(1) == c[:, : sizes[0]].argmax(1)
-                row = torch.stack([*row, *info, right.float().mean()]).tolist()
+                row = torch.stack([*row, info_cat, info_cont, right.float().mean()]).tolist()
                 row.insert(6, speed * batch_size)
                 if epoch_ends and step % 100 < steps_per_epoch:  # after an epoch, or about once in 100 steps
                     error = measure(D, data, held_out, args, device)
@@ -430,7 +414,7 @@ def train(args, run):
         save_history(out)
         save_traversals(G_ema, args, device)
         measure(D, data, held_out, args, device)
-    print(f"Step {step} of {last_step}. Look at {out}/samples.gif, traversal.png, traversal.gif and losses.png.")
+    print(f"Step {step} of {last_step}. Look at {out}/samples.gif, traversal.png, factors.png and losses.png.")
 
 def main(argv=None):
     """Run the script. Returns the exit code: 2 for bad use, 1 for a fault, each told in one sentence."""

@@ -38,7 +38,7 @@ TINY = {
     "mlp_gan": ["--hidden", "4", "8", "--latent-dim", "8"],
     "dcgan": ["--hidden-channels", "4", "8", "--depth", "1", "--latent-dim", "8"],
     "wgan_gp": ["--hidden-channels", "4", "8", "--depth", "1", "--latent-dim", "8", "--critic-steps", "1"],
-    "infogan": ["--hidden-channels", "4", "8", "--depth", "1", "--hidden", "16", "--latent-dim", "8"],
+    "infogan": ["--hidden-channels", "4", "8", "--hidden", "16", "--latent-dim", "8"],
 }
 COMMON_FLAGS = ["dataset", "data_dir", "classes", "background", "img_size"]
 COMMON_FLAGS += ["epochs", "max_steps", "batch_size", "seed", "device", "precision", "compile", "out", "overwrite"]
@@ -459,7 +459,7 @@ def test_a_path_through_z_of_one_number_is_finite(kind):
     assert path.isfinite().all()
 
 
-@pytest.mark.parametrize("script", [dcgan, wgan_gp, infogan])
+@pytest.mark.parametrize("script", [dcgan, wgan_gp])
 def test_networks_deeper_than_their_default_width_have_one_channel(script, pictures):
     few = ["--dataset", "folder", "--data-dir", pictures, "--img-size", "8", "--batch-size", "8", "--max-steps", "1"]
     assert script.main([*few, "--depth", "33", "--out", "r"]) == 0
@@ -583,9 +583,9 @@ def test_g_step_freezes_d(script, pictures, monkeypatch):
         return original(self, x)
 
     monkeypatch.setattr(network, "forward", forward)
-    plain = ["--augment", 0] if script is infogan else []
-    run_on_pictures(script, pictures, "r", "--max-steps", 1, "--log-every", 1, *plain)
-    d_step = [(False, {True})] * 2 + [(True, {True})] * (script is wgan_gp)  # real, fake, and between them
+    run_on_pictures(script, pictures, "r", "--max-steps", 1, "--log-every", 1)
+    d_step = [(False, {True})] * (3 if script is infogan else 2)  # real, fake, distorted
+    d_step += [(True, {True})] * (script is wgan_gp)  # between real and fake
     assert forwards[: len(d_step) + 1] == [*d_step, (True, {False})]  # then fake for G
 
 
@@ -711,7 +711,7 @@ def test_dcgan_shapes(size, channels, hidden):
     assert D(x[:1]).shape == (1,)
 
 
-@pytest.mark.parametrize(("size", "hidden"), [(27, [4]), (28, [4, 4, 4]), (8, [])])
+@pytest.mark.parametrize(("size", "hidden"), [(27, [4]), (28, [4, 4, 4])])
 def test_dcgan_refuses_sizes_that_it_cannot_make(size, hidden):
     with pytest.raises(common.Fault, match="multiple"):
         dcgan.Generator(7, size, 1, hidden)
@@ -1366,7 +1366,7 @@ def test_the_penalty_in_bf16_is_that_of_fp32():
 
 def test_infogan_shapes():
     args = infogan.parse_args(["--categorical", "3", "4", "--continuous", "2", "--latent-dim", "7"])
-    args.img_size, args.img_channels, args.hidden_channels, args.depth = 12, 2, [4, 5], 2
+    args.img_size, args.img_channels, args.hidden_channels = 12, 2, [4, 5]
     assert args.hidden == 512
     G, D = infogan.build(args)
     x = G(torch.randn(5, 7 + 3 + 4 + 2))
@@ -1380,10 +1380,10 @@ def test_infogan_shapes():
 
 def test_q_can_be_surer_than_a_softmax_before_the_cross_entropy_allows():
     c = torch.eye(10)
-    bound = infogan.categorical_bound(20 * c, c)  # right, and sure
+    bound = infogan.categorical_bound(20 * c, c, [10])  # right, and sure
     assert math.log(10) - bound.item() < 1e-4  # a cross-entropy far below 1.46
-    assert math.log(10) - infogan.categorical_bound((20 * c).softmax(1), c).item() > 1.46
-    assert abs(infogan.categorical_bound(torch.zeros(10, 10), c).item()) < 1e-6  # a guess tells nothing
+    assert math.log(10) - infogan.categorical_bound((20 * c).softmax(1), c, [10]).item() > 1.46
+    assert abs(infogan.categorical_bound(torch.zeros(10, 10), c, [10]).item()) < 1e-6  # a guess tells nothing
     D = infogan.Discriminator(14, 8, 1, [4, 8])
     assert isinstance(D.guess[-1], nn.Linear)
     assert D(10 * torch.randn(8, 1, 8, 8))[1].sum(1).sub(1).abs().max() > 0.01  # no probabilities
@@ -1391,12 +1391,14 @@ def test_q_can_be_surer_than_a_softmax_before_the_cross_entropy_allows():
 
 def test_the_bound_of_continuous_codes_against_hand_computed_numbers():
     c = torch.tensor([[0.5, -1.0], [0.0, 1.0]])
-    exact = infogan.continuous_bound(c, torch.zeros(2, 2), c).item()
-    assert exact == pytest.approx(2 * (math.log(2) - 0.918939), abs=1e-5)  # ln 2 - ln(2 pi) / 2 each
-    off = infogan.continuous_bound(c + 0.5, torch.zeros(2, 2), c).item()
-    assert off == pytest.approx(exact - 2 * 0.125, abs=1e-5)
-    sure = infogan.continuous_bound(c, torch.full((2, 2), -2.0), c).item()
-    assert sure == pytest.approx(exact + 2, abs=1e-5)
+
+    def bound(mean, log_variance, variance="learned"):
+        return infogan.continuous_bound(torch.cat([mean, torch.full((2, 2), log_variance)], 1), c, [], variance).item()
+
+    assert bound(c, 0.0) == pytest.approx(2 * (math.log(2) - 0.918939), abs=1e-5)  # ln 2 - ln(2 pi) / 2 each
+    assert bound(c + 0.5, 0.0) == pytest.approx(bound(c, 0.0) - 2 * 0.125, abs=1e-5)
+    assert bound(c, -2.0) == pytest.approx(bound(c, 0.0) + 2, abs=1e-5)
+    assert bound(c, -2.0, "fixed") == bound(c, 0.0)
 
 
 def test_codes_are_uniform():
@@ -1412,17 +1414,14 @@ def test_codes_are_uniform():
     assert torch.corrcoef(c[:, 7:].T)[0, 1].abs() < 0.03
 
 
-def test_information_splits_guesses_and_codes_in_the_same_order():
+def test_the_bounds_split_guesses_and_codes_in_the_same_order():
     torch.manual_seed(0)
     c = infogan.draw_codes(50, [4, 3], 2)
     perfect = torch.cat([50 * c[:, :7], c[:, 7:], torch.full((50, 2), -4.0)], 1)
-    cat, cont = infogan.information(perfect, c, [4, 3], "learned")
-    assert cat.item() == pytest.approx(math.log(4) + math.log(3), abs=1e-4)
-    assert cont.item() == pytest.approx(2 * (math.log(2) - 0.918939 + 2), abs=1e-4)
-    fixed = infogan.information(perfect, c, [4, 3], "fixed")[1].item()
-    assert fixed == pytest.approx(2 * (math.log(2) - 0.918939), abs=1e-4)
-    cat, cont = infogan.information(torch.zeros(50, 3), torch.eye(3).repeat(17, 1)[:50], [3], "fixed")
-    assert (cat.item(), float(cont)) == (pytest.approx(0, abs=1e-6), 0)  # no continuous codes
+    assert infogan.categorical_bound(perfect, c, [4, 3]).item() == pytest.approx(math.log(4) + math.log(3), abs=1e-4)
+    cont = infogan.continuous_bound(perfect, c, [4, 3], "learned").item()
+    assert cont == pytest.approx(2 * (math.log(2) - 0.918939 + 2), abs=1e-4)
+    assert infogan.continuous_bound(torch.zeros(50, 3), torch.zeros(50, 3), [3], "fixed") == 0  # no continuous codes
 
 
 def test_the_matching_is_the_best_one():
@@ -1441,10 +1440,10 @@ def test_the_information_reaches_q_the_trunk_and_g_but_not_the_head_of_d():
     torch.manual_seed(0)
     G, D = infogan.Generator(20, 8, 1, [4, 8]), infogan.Discriminator(14, 8, 1, [4, 8])
     c = infogan.draw_codes(16, [10], 2)
-    for bound in (0, 1):
+    for bound, more in ((infogan.categorical_bound, []), (infogan.continuous_bound, ["fixed"])):
         _, guesses = D(G(torch.cat([torch.randn(16, 8), c], 1)))
         D.zero_grad(), G.zero_grad()
-        infogan.information(guesses, c, [10], "fixed")[bound].backward()
+        bound(guesses, c, [10], *more).backward()
         for network in (G, D.trunk, D.guess):
             assert all(p.grad.abs().sum() > 0 for p in network.parameters() if p.dim() > 1)
         assert all(p.grad is None or p.grad.abs().sum() == 0 for p in D.classify.parameters())
@@ -1485,19 +1484,19 @@ def test_augment_is_random_for_each_picture_and_differentiable():
     assert torch.allclose(infogan.augment(torch.full((3, 1, 8, 8), -1.0), 0.5), torch.tensor(-1.0))  # no new border
 
 
-def test_q_sees_half_of_the_fakes_distorted_and_only_for_the_categories(pictures, monkeypatch):
+def test_q_learns_categories_from_distorted_fakes_and_tells_g_of_clean_ones(pictures, monkeypatch):
     seen, guesses = [], []
-    information = infogan.information
+    cat, cont = infogan.categorical_bound, infogan.continuous_bound
     monkeypatch.setattr(infogan, "augment", lambda x, strength: seen.append((len(x), strength)) or x * 0)
-    monkeypatch.setattr(infogan, "information", lambda g, *args: guesses.append(g.detach()) or information(g, *args))
+    monkeypatch.setattr(infogan, "categorical_bound", lambda g, *rest: guesses.append(g.detach()) or cat(g, *rest))
+    monkeypatch.setattr(infogan, "continuous_bound", lambda g, *rest: guesses.append(g.detach()) or cont(g, *rest))
     run_on_pictures(infogan, pictures, "r", "--max-steps", 1, "--augment", 0.1)
-    assert seen == [(4, 0.1)] * 2  # in the D step and in the G step
-    categories, others = guesses[1][:, :10], guesses[1][:, 10:]
-    assert (categories[:4] == categories[0]).all()  # all of the same picture, a grey one
-    assert len(categories[4:].unique(dim=0)) == 4
-    assert len(others.unique(dim=0)) == 8
-    run_on_pictures(infogan, pictures, "off", "--max-steps", 1, "--augment", 0)
-    assert len(seen) == 2
+    assert seen == [(8, 0.1)]  # in the D step alone
+    far, near, in_g, also_in_g = guesses
+    assert (far == far[0]).all()  # all of the same picture, a grey one
+    assert len(near.unique(dim=0)) == 8
+    assert len(in_g.unique(dim=0)) == 8
+    assert torch.equal(in_g, also_in_g)
 
 
 def confident(monkeypatch, table):
@@ -2134,7 +2133,8 @@ def test_the_plain_loop_has_the_losses_of_the_script(name, monkeypatch):
     x_real, x_fake = torch.rand(2, 4, 1, 8, 8) * 2 - 1
     loss_d, loss_g = speed.losses(script, args)
     if name == "infogan":
-        monkeypatch.setattr(script, "information", lambda *_: (torch.tensor(2.0), torch.tensor(-3.0)))
+        monkeypatch.setattr(script, "categorical_bound", lambda *_: torch.tensor(2.0))
+        monkeypatch.setattr(script, "continuous_bound", lambda *_: torch.tensor(-3.0))
         args.c, bound = None, 2 * args.info_weight_cat - 3 * args.info_weight_cont
         logits_real, logits_fake = D(x_real)[0], D(x_fake)[0]
     else:

@@ -69,8 +69,8 @@ class Generator(nn.Sequential):
     hidden_channels: from the image inwards. Raises Fault if img_size cannot be halved once for each of them."""
     def __init__(self, latent_dim=100, img_size=28, img_channels=1, hidden_channels=(64, 128), depth=1, arch="conv"):
         factor = 2 ** len(hidden_channels)
-        if factor == 1 or img_size % factor:
-            raise Fault(f"--img-size {img_size} is no multiple of {max(factor, 2)}: fewer --hidden-channels need less.")
+        if img_size % factor:
+            raise Fault(f"--img-size {img_size} is no multiple of {factor}: fewer --hidden-channels need less.")
         *widths, channels = (img_channels if arch == "conv" else hidden_channels[0]), *hidden_channels
         start = img_size // factor, img_size // factor, channels
         layers = [nn.Linear(latent_dim, math.prod(start), bias=False), nn.Unflatten(1, start)]  # (B, 7, 7, 128)

@@ -81,19 +81,16 @@ def losses(script, args):
     def critic(D, real, fake):
         penalty = args.gp_weight * script.gradient_penalty(D, real, fake)
         return [D(fake).mean() - D(real).mean() + penalty]
-    def guess(D, fake):
-        logits, guesses = D(fake)
-        sizes, n = args.categorical, sum(args.categorical)
-        half = D(script.augment(fake[: len(fake) // 2], args.augment))[1]
-        guesses = torch.cat([torch.cat([half, guesses[len(half) :]])[:, :n], guesses[:, n:]], 1)
-        bounds = script.information(guesses, args.c, sizes, args.continuous_variance)
-        return logits, args.info_weight_cat * bounds[0] + args.info_weight_cont * bounds[1]
+    def bound(far, guesses):
+        cat = script.categorical_bound(far, args.c, args.categorical)
+        cont = script.continuous_bound(guesses, args.c, args.categorical, args.continuous_variance)
+        return args.info_weight_cat * cat + args.info_weight_cont * cont
     def info_d(D, real, fake):
-        logits, bound = guess(D, fake)
-        return [label(D(real)[0], 1), label(logits, 0) - bound]
+        (logits, guesses), (_, far) = D(fake), D(script.augment(fake, args.augment))
+        return [label(D(real)[0], 1), label(logits, 0) - bound(far, guesses)]
     def info_g(D, fake):
-        logits, bound = guess(D, fake)
-        return label(logits, 1) - bound
+        logits, guesses = D(fake)
+        return label(logits, 1) - bound(guesses, guesses)
     if script.__name__ == "wgan_gp":
         return critic, lambda D, fake: -D(fake).mean()
     if script.__name__ == "infogan":
