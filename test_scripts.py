@@ -1378,6 +1378,13 @@ def test_infogan_shapes():
     assert D.eval()(x[:1])[0].shape == (1,)
 
 
+def test_infogan_width_defaults_to_the_image_size(digits):
+    flags = ["--data-dir", digits, "--max-steps", "1", "--batch-size", "4", "--classes", "1", "--hidden", "4"]
+    for size, hidden in (("28", [16, 32]), ("64", [32, 64, 128])):
+        infogan.main([*flags, "--img-size", size, "--out", size])
+        assert checkpoint(size)["args"]["hidden_channels"] == hidden
+
+
 def test_q_can_be_surer_than_a_softmax_before_the_cross_entropy_allows():
     c = torch.eye(10)
     bound = infogan.categorical_bound(20 * c, c, [10])  # right, and sure
