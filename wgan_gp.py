@@ -166,7 +166,7 @@ def parse_args(argv=None, known=None):
     model("--latent-dim", type=count, default=100, help="how many numbers z has (%(default)s)")
     model("--hidden-channels", type=count, nargs="+", help="from the image inwards (32 64 ... / depth, to about 8x8)")
     model("--arch", choices=["conv", "resnet"], default="conv", help="resnet: residual blocks, as in 1704.00028 (conv)")
-    model("--depth", type=count, help="convolutions at each resolution, the extra ones 3x3 (1; under 64x64 2)")
+    model("--depth", type=count, help="convolutions at each resolution of conv, the extra ones 3x3 (1; under 64x64 2)")
     adam("--lr-g", type=share, default=1e-3, help="rate for G (%(default)s)")
     adam("--lr-d", type=share, help="rate for D (0.001 with gp, else 0.0002)")
     adam("--betas", type=number(float, 0, 0.9999), nargs=2, default=[0.0, 0.9], help="Adam's memory (0 0.9)")
