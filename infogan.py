@@ -17,10 +17,10 @@ For ten categories, guessed perfectly, L is ln 10 = 2.303 nats. loss_d and loss_
 What changes from dcgan.py: codes, Q, L; and what the codes mean is measured, on a tenth of the pictures that is not
 trained on, by their labels and by the factors that `digits` were rendered from: cluster_error in the log, factors.png.
 Where this differs from the paper: Q learns categories from fakes that are slanted, scaled and shifted at random, so
-that no slant or size becomes one (--augment 0: off). z has 16 numbers, not 62. The weight of L is 1, for the numbers
-0.3 (the paper: 1, or less with numbers). D's rate is 5e-4 (2e-4); widths 16, 32 and 512 (64, 128 and 1024); batches of
-64 (128); slopes of 0.2 (0.1). z is normal; samples from an average of G's weights. Q's variance of the numbers is 1,
-so that L is at most -0.226 for each of them (--continuous-variance learned: free).
+that no slant or size becomes one (--augment 0: off); G is rewarded for undistorted ones. z has 16 numbers, not 62. The
+weight of L is 1, for the numbers 0.3 (the paper: 1, or less with numbers). D's rate is 5e-4 (2e-4); widths 16, 32 and
+512 (64, 128 and 1024); batches of 64 (128); slopes of 0.2 (0.1). z is normal; samples from an average of G's weights.
+Q's variance of the numbers is 1, so that L is at most -0.226 for each of them (--continuous-variance learned: free).
 """
 import argparse
 import json
