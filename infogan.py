@@ -88,13 +88,13 @@ def generator_loss(logits_fake):
     return softplus(-logits_fake).mean()
 
 def categorical_bound(guesses, c, sizes):
-    """H(c) + E log Q(c|x) in nats of the categorical codes, of these sizes, summed: ln of the size each, at most."""
+    """H(c) + E log Q(c|x) in nats, guesses (B, guesses), c (B, codes): of the one-hot codes of these sizes, summed."""
     n = sum(sizes)
     pairs = zip(guesses[:, :n].split(sizes, 1), c[:, :n].split(sizes, 1), strict=True)  # each (B, size)
     return sum(math.log(code.shape[1]) - cross_entropy(logits, code) for logits, code in pairs)
 
 def continuous_bound(guesses, c, sizes, variance):
-    """H(c) + E log Q(c|x) in nats of the codes uniform in [-1, 1], summed; Q is normal, its variance learned or 1."""
+    """The same of the codes that follow, uniform in [-1, 1], summed; Q is normal, its variance "learned" or 1."""
     mean, log_variance = guesses[:, sum(sizes) :].chunk(2, 1)  # (B, C) each
     log_variance = log_variance if variance == "learned" else torch.zeros_like(mean)
     log_q = -((c[:, sum(sizes) :] - mean) ** 2 / log_variance.exp() + log_variance + math.log(2 * math.pi)) / 2
@@ -414,7 +414,7 @@ def train(args, run):
         save_history(out)
         save_traversals(G_ema, args, device)
         measure(D, data, held_out, args, device)
-    print(f"Step {step} of {last_step}. Look at {out}/samples.gif, traversal.png, factors.png and losses.png.")
+    print(f"Step {step} of {last_step}. Look at {out}/samples.gif, traversal.png and losses.png.")
 
 def main(argv=None):
     """Run the script. Returns the exit code: 2 for bad use, 1 for a fault, each told in one sentence."""
