@@ -163,15 +163,16 @@ def load_digits(dataset, data_dir, img_size, background):
     return data
 
 def save_atomically(path, content):
-    """Write bytes, or what torch.save takes, so that path is the old file or the new one, whole, after a crash too."""
+    """Write bytes, what torch.save takes, or what content(file) writes: path is the old file or the new one, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not isinstance(content, bytes):
+    if not (isinstance(content, bytes) or callable(content)):
         buffer = io.BytesIO()
         torch.save(content, buffer)  # into memory first: straight into a full disk it is no OSError
         content = buffer.getbuffer()
     part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        part.write_bytes(content)
+        with part.open("wb") as file:
+            content(file) if callable(content) else file.write(content)
         os.replace(part, path)
     finally:  # on a full disk half a file helps nobody
         part.unlink(missing_ok=True)
@@ -223,7 +224,7 @@ def load_stacked(dataset, data_dir, img_size, background):
     triples = torch.randint(len(images), (128_000, 3), generator=torch.Generator().manual_seed(0))
     return Data(images[triples].squeeze(2), labels[triples] @ torch.tensor([100, 10, 1]))
 
-def load_cifar10(dataset, data_dir, img_size, background):
+def load_cifar(dataset, data_dir, img_size, background):
     """The 50,000 training images of CIFAR-10, by torchvision, which checks their md5."""
     try:
         socket.setdefaulttimeout(20)  # torchvision sets none
@@ -274,27 +275,26 @@ def load_folder(dataset, data_dir, img_size, background):
     tops = [os.path.relpath(name, folder).rpartition(os.sep)[0].split(os.sep)[0] for name in names]
     labels = torch.from_numpy(np.unique(tops, return_inverse=True)[1]) if len(set(tops)) > 1 else None
     if len(names) * 3 * size * size <= RESIDENT:
-        return Data(torch.from_numpy(decode(names, size, background, np.empty)), labels)
+        pixels = np.frombuffer(decode(names, size, background, io.BytesIO()).getbuffer(), np.uint8)
+        return Data(torch.from_numpy(pixels.reshape(len(names), -1, size, size)), labels)
     stats = [(name, os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in names]
-    cache = folder / f"decoded-{hashlib.md5(repr((size, background, stats)).encode()).hexdigest()}.npy"
+    cache = folder / f"decoded-{hashlib.md5(repr((size, background, stats)).encode()).hexdigest()}.raw"
     if not cache.exists():
-        part = f"{cache}.{os.getpid()}"
-        decode(names, size, background, partial(np.lib.format.open_memmap, part, mode="w+"))
-        os.replace(part, cache)
-    return Data(torch.from_numpy(np.load(cache, mmap_mode="c")), labels)  # read page by page, never written
+        save_atomically(cache, partial(decode, names, size, background))
+    pixels = np.memmap(cache, np.uint8, "c")  # read page by page, never written
+    return Data(torch.from_numpy(pixels.reshape(len(names), -1, size, size)), labels)
 
-def decode(names, size, background, new_array, channels=1):
-    """The pictures as uint8 (N, 1, size, size), or (N, 3, size, size) as soon as one of them has a colour."""
-    array = new_array(shape=(len(names), channels, size, size), dtype=np.uint8)
+def decode(names, size, background, file, channels=1):
+    """Write the pictures, uint8 (N, 1, size, size), or (N, 3, size, size) as soon as one of them has a colour."""
     for i, name in enumerate(names):
-        picture = read_picture(name, size, background).numpy()
+        picture = read_picture(name, size, background)
         if channels == 1 and (picture != picture[:1]).any():
-            return decode(names, size, background, new_array, channels=3)
-        array[i] = picture[:channels]
+            file.seek(0)
+            return decode(names, size, background, file, channels=3)
+        file.write(picture[:channels].numpy().tobytes())
         if i % 1000 == 999 and sys.stdout.isatty():
             print(f"Reading pictures: {i + 1:,} of {len(names):,} ", end="\r", flush=True)
-    return array
+    return file
 
 DATASETS = {"digits": load_digits, "mnist": load_idx, "fashion": load_idx, "stacked-mnist": load_stacked}
-DATASETS |= {"cifar10": load_cifar10, "pokemon": load_pokemon}
-DATASETS |= dict.fromkeys(["celeba", "lsun", "folder"], load_folder)
+DATASETS |= {"cifar10": load_cifar, "pokemon": load_pokemon} | dict.fromkeys(["celeba", "lsun", "folder"], load_folder)

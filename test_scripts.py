@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import contextlib
 import csv
 import gzip
 import importlib
@@ -416,15 +417,33 @@ def test_runs_below_the_pictures_are_no_pictures_and_links_are_followed(tmp_path
     assert torch.equal(common.load_data("folder", tmp_path / "data", 4).images, data.images)
 
 
-def test_a_full_disk_leaves_no_half_a_checkpoint(tmp_path, monkeypatch):
-    def full(self, content):
-        with open(self, "wb") as file:
-            file.write(content[:2])
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match="No space"):
-        common.save_atomically(tmp_path / "checkpoint.pt", b"content")
+@contextlib.contextmanager
+def full_disk(size):
+    """No file may grow beyond so many bytes: writing ends in the OSError of a full disk, but for its number."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("content", [b"0" * 9000, {"weights": torch.zeros(9000)}, lambda file: file.write(b"0" * 9000)])
+def test_a_full_disk_leaves_no_half_a_file(tmp_path, content):
+    with full_disk(5000), pytest.raises(OSError, match="File too large"):
+        common.save_atomically(tmp_path / "checkpoint.pt", content)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_too_full_for_decoded_pictures_is_told_and_left_clean(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common, "RESIDENT", 0)
+    for i in range(3):
+        Image.new("L", (8, 8), 80 * i).save(tmp_path / f"{i}.png")
+    with full_disk(100):
+        said = refusal(capsys, run(dcgan, "--dataset", "folder", "--data-dir", tmp_path, "--img-size", 8), [1])
+    assert "File too large" in said
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_sample_of_fewer_leaves_no_old_ones(tmp_path):
@@ -1062,18 +1081,13 @@ def test_interpolation_gif_follows_the_flag(pictures):
     assert Path("linear/interpolation.gif").read_bytes() != Path("slerp/interpolation.gif").read_bytes()
 
 
-def test_dcgan_gives_in_to_a_full_disk_in_one_sentence(pictures, monkeypatch, capsys):
+def test_dcgan_gives_in_to_a_full_disk_in_one_sentence(pictures, capsys):
     run_on_pictures(dcgan, pictures, "r", "--epochs", 1)
     before = Path("r/checkpoint.pt").read_bytes()
     capsys.readouterr()
-
-    def write_bytes(self, content):
-        self.touch()
-        raise OSError(28, "No space left on device", str(self))
-
-    monkeypatch.setattr(Path, "write_bytes", write_bytes)
-    said = refusal(capsys, dcgan.main(["--out", "r", "--resume", "--epochs", "2"]), [1])
-    assert "No space left" in said
+    with full_disk(len(before) // 2):
+        said = refusal(capsys, dcgan.main(["--out", "r", "--resume", "--epochs", "2"]), [1])
+    assert "File too large" in said
     assert Path("r/checkpoint.pt").read_bytes() == before
 
 
@@ -1812,11 +1826,11 @@ def test_the_decoded_file_is_keyed_by_what_went_in_and_whole_or_not_there(tmp_pa
     common.load_data("folder", tmp_path, 4)
     Image.new("RGB", (8, 8), (9, 0, 0)).save(tmp_path / "3.png")
     assert common.load_data("folder", tmp_path, 8).images.shape == (4, 3, 8, 8)
-    assert len(list(tmp_path.glob("decoded-*.npy"))) == 3
+    assert len(list(tmp_path.glob("decoded-*.raw"))) == 3
     (tmp_path / "4.png").write_bytes(b"damaged")
     with pytest.raises(common.Fault, match="4.png"):
         common.load_data("folder", tmp_path, 8)
-    assert len(list(tmp_path.glob("decoded-*.npy"))) == 3
+    assert len(list(tmp_path.glob("decoded-*.raw"))) == 3
 
 
 @pytest.mark.parametrize("dataset", ["celeba", "lsun"])
