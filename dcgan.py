@@ -40,7 +40,7 @@ from common import DATASETS, Fault, Misuse, epoch_order, fixed_noise, grid, load
 from common import save_gif, save_history, save_pictures, to_batch
 
 class Generator(nn.Sequential):
-    """z (B, latent_dim) -> image (B, img_channels, img_size, img_size) in [-1, 1]; shapes below are of the defaults.
+    """z (B, latent_dim) -> image (B, img_channels, img_size, img_size) in [-1, 1]; shapes below: default arguments.
     hidden_channels: from the image inwards. Raises Fault if img_size cannot be halved once for each of them."""
     def __init__(self, latent_dim=100, img_size=64, img_channels=3, hidden_channels=(128, 256, 512),
                  kernel_size=4, upsample="transpose", depth=1, init="dcgan"):  # fmt: skip
@@ -71,7 +71,7 @@ class Discriminator(nn.Module):
     def __init__(self, img_size=64, img_channels=3, hidden_channels=(128, 256, 512),
                  kernel_size=4, depth=1, norm="batch", dropout=0.0, init="dcgan"):  # fmt: skip
         super().__init__()
-        layers, channels, bias = [], img_channels, norm != "batch"  # batch norm brings its own
+        layers, channels, bias = [], img_channels, norm != "batch"  # with batch norm no layer has one
         for width in hidden_channels:  # (B, 128, 32, 32), (B, 256, 16, 16), (B, 512, 8, 8)
             convs = [nn.Conv2d(channels, width, kernel_size, 2, (kernel_size - 1) // 2, bias=bias)]
             convs += [nn.Conv2d(width, width, 3, padding=1, bias=bias) for _ in range(depth - 1)]
@@ -93,7 +93,7 @@ class Discriminator(nn.Module):
 def init_weights(module):
     """Weights with the paper's standard deviation of 0.02, about 0, or about 1 for the scale of batch norm."""
     if hasattr(module, "weight"):
-        nn.init.normal_(module.weight, float(isinstance(module, nn.BatchNorm2d)), 0.02)
+        nn.init.normal_(module.weight, 1.0 if isinstance(module, nn.BatchNorm2d) else 0.0, 0.02)
 
 def discriminator_loss(logits_real, logits_fake, loss="bce", smoothing=0.0):
     """-log D(x) - log(1 - D(G(z))): -log sigmoid(l) = softplus(-l), -log(1 - sigmoid(l)) = softplus(l); or hinge."""
@@ -136,7 +136,7 @@ def noise_path(z, kind, frames=12):
     return ((((1 - u) * angle).sin() * a + (u * angle).sin() * b) / angle.sin()).flatten(0, 1)
 
 def number(kind, low, high=math.inf):  # a type for argparse: an int or a float from low to high
-    def number(text):
+    def number(text):  # argparse puts this name into its message
         if low <= kind(text) <= high:
             return kind(text)
         raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
@@ -153,7 +153,7 @@ def parse_args(argv=None, known=None):
     run("--batch-size", type=number(int, 2), default=64, help="pictures in a batch (%(default)s)")
     run("--seed", type=number(int, 0, 2**31), default=0, help="of the weights, the noise and the order (%(default)s)")
     run("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
-    run("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where the hardware has it")
+    run("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="bf16 where the hardware has it (auto)")
     run("--compile", action="store_true", help="torch.compile G, and D without --r1: slow to start, for GPUs only")
     run("--out", help="the folder of the run (runs/dcgan-DATASET)")
     run("--overwrite", action="store_true", help="replace the run that is in the folder")
@@ -162,14 +162,14 @@ def parse_args(argv=None, known=None):
     run("--log-every", type=count, default=50, help="steps from one row of log.csv to the next (%(default)s)")
     run("--sample-every", type=count, help="steps between sample grids (an epoch; and 1, 2, 4, 8, ... in the first)")
     run("--snapshot-every", type=count, help="epochs from one copy of G in generators/ to the next (none)")
-    run("--interpolate", choices=["linear", "slerp", "rotation"], default="slerp", help="the path of interpolation.gif")
+    run("--interpolate", choices=["linear", "slerp", "rotation"], default="slerp", help="in interpolation.gif (slerp)")
     data("--dataset", choices=list(DATASETS), default="digits", help="folder: your own pictures (%(default)s)")
     data("--data-dir", default="data", help="where the data is, or is downloaded to (%(default)s)")
     data("--classes", type=int, nargs="+", help="only the pictures with these labels (all)")
     data("--background", default="white", help="what transparent pictures are laid on (%(default)s)")
     data("--img-size", type=count, help="resize the pictures to this (the size of the data; 64 for folder)")
     model("--latent-dim", type=count, default=100, help="how many numbers z has (%(default)s)")
-    model("--hidden-channels", type=count, nargs="+", help="from the image inwards (32 64 ... / depth, to about 8x8)")
+    model("--hidden-channels", type=count, nargs="+", help="from the image inwards (16 32; at 64x64: 32 64 128)")
     model("--kernel-size", type=int, choices=[3, 4, 5], default=4, help="of the strided convolutions (%(default)s)")
     model("--upsample", choices=["transpose", "nearest"], default="transpose", help="nearest: then a 3x3 convolution")
     model("--depth", type=count, help="convolutions at each resolution, the extra ones 3x3 (1; under 64x64 2)")
@@ -177,15 +177,15 @@ def parse_args(argv=None, known=None):
     model("--init", choices=["dcgan", "default"], default="dcgan", help="N(0, 0.02), or PyTorch's own (%(default)s)")
     adam("--lr-g", type=share, default=5e-4, help="Adam's rate for G (%(default)s)")
     adam("--lr-d", type=share, default=5e-4, help="Adam's rate for D (%(default)s)")
-    adam("--betas", type=number(float, 0, 0.9999), nargs=2, default=[0.0, 0.99], help="Adam's memory (0 0.99)")
+    adam("--betas", type=number(float, 0, 0.9999), nargs=2, default=[0.0, 0.99], help="Adam's decay rates (0 0.99)")
     adam("--adam-eps", type=share, default=1e-8, help="Adam's epsilon (%(default)s)")
     adam("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: down to 0 at the last step")
     adam("--clip-grad-norm", type=amount, help="scale the gradients of a network down to this L2 norm (off)")
-    adam("--ema", type=share, default=0.999, help="samples: from G's weights, averaged; final decay (%(default)s)")
+    adam("--ema", type=share, default=0.999, help="decay of the average of G that samples come from; 0: G (0.999)")
     adam("--d-steps", type=count, default=1, help="D updates a step (%(default)s)")
     adam("--g-steps", type=count, default=1, help="G updates a step (%(default)s)")
     trick("--loss", choices=["bce", "hinge"], default="bce", help="hinge: Geometric GAN, 1705.02894 (%(default)s)")
-    trick("--r1", type=amount, default=0, help="R1: this / 2 x the squared gradient of D at real pictures (off)")
+    trick("--r1", type=amount, default=0, help="R1, with --d-norm none: this / 2 x |gradient of D at real x|^2 (off)")
     trick("--label-smoothing", type=share, default=0, help="real means 1 - this, to D: Salimans 2016, 1606.03498 (off)")
     trick("--flip-labels", type=share, default=0, help="tell D the wrong label for this share of pictures (off)")
     trick("--instance-noise", type=amount, default=0, help="noise on all that D sees, falling to 0: 1610.04490 (off)")
@@ -222,7 +222,7 @@ def open_run(args, argv):
         raise Fault(f"{path} is missing, damaged or of other networks: change --out, or --overwrite it.") from error
     free = {"epochs", "max_steps", "device", "data_dir", "out", "overwrite", "resume", "sample", args.sample and "seed"}
     for name, value in flags.items():
-        if getattr(args, name) != value and name not in free:
+        if getattr(args, name) != value and name not in free | {"interpolate"}:
             raise Misuse(f"{path} has --{name.replace('_', '-')} {value}: leave it as it is, or change --out.")
     return run
 
@@ -260,10 +260,10 @@ def train(args, run):
     images = load_data(args.dataset, args.data_dir, args.img_size, args.classes, args.background, device).images
     if run and images.shape[:2] != (args.num_images, args.img_channels):
         raise Fault(f"{out} was trained on {args.num_images} pictures of {args.img_channels} channels, not these.")
-    args.num_images, args.img_channels, args.img_size, _ = images.shape
+    args.num_images, args.img_channels, args.img_size, _ = images.shape  # for build() and the checkpoint
     args.depth = args.depth or (2 if args.img_size < 64 else 1)
-    width, halvings = max(1, 32 // args.depth), range(max(1, round(math.log2(args.img_size / 8))))  # for a laptop
-    args.hidden_channels = args.hidden_channels or [width << n for n in halvings]
+    width, powers = max(1, 32 // args.depth), range(max(1, round(math.log2(args.img_size / 8))))  # for a laptop
+    args.hidden_channels = args.hidden_channels or [width << n for n in powers]
     torch.manual_seed(args.seed + run["step"] if run else args.seed)  # on a GPU a resumed run draws new noise
     G, D = (network.to(device, memory_format=torch.channels_last) for network in build(args))
     G_ema = AveragedModel(G)
@@ -287,16 +287,16 @@ def train(args, run):
         torch.set_rng_state(run["rng"])
         rows = (out / "log.csv").read_text().splitlines()[1:] if (out / "log.csv").exists() else []
         log += [row for row in rows if row.count(",") == log[0].count(",") and int(row.split(",")[1]) <= step]
-    else:
-        for name in ["checkpoint.pt", "samples/[0-9]*.png", "generators/*.pt"] * args.overwrite:  # of the run replaced
-            list(map(Path.unlink, sorted(out.glob(name))))
-        (out / "samples").mkdir(parents=True, exist_ok=True)
-        imageio.imwrite(out / "real.png", grid(images[:: len(images) // 64 or 1][:64].cpu()))
-        imageio.imwrite(out / "samples" / "000000.png", grid(sample(G, z_fixed)))
+    elif args.overwrite:
+        for path in [*out.glob("checkpoint.pt"), *out.glob("samples/[0-9]*.png"), *out.glob("generators/*.pt")]:
+            path.unlink()  # what is left of the run that is replaced
+    (out / "samples").mkdir(parents=True, exist_ok=True)
+    imageio.imwrite(out / "real.png", grid(images[:: len(images) // 64 or 1][:64].cpu()))
+    imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed)))
     (out / "log.csv").write_text("\n".join(log) + "\n")  # without what a killed run logged after its checkpoint
     (out / "args.json").write_text(json.dumps(vars(args) | facts, indent=2) + "\n")
     print(f"{len(images):,} pictures {tuple(images.shape[1:])}, parameters {counts}, {facts['on']}, {out}", flush=True)
-    def D_seen(x):  # (B, C, H, W) -> (B,)
+    def D_seen(x):  # (B, C, H, W) -> (B,); step is that of the loop below
         x = x + args.instance_noise * (1 - step / last_step) * torch.randn_like(x) if args.instance_noise else x
         return D(diffaugment(x) if args.diffaugment else x)
     first, stop, started = step, [], time.time()
@@ -316,12 +316,13 @@ def train(args, run):
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     x_fake = G(torch.randn(batch_size, args.latent_dim, device=device))  # kept for the G step
                     logits_real, logits_fake = D_seen(x_real), D_seen(x_fake.detach())  # detached: no way to G
-                sign = 1 - 2 * (torch.rand(2, batch_size, device=device) < args.flip_labels).float()  # -1: wrong
-                logits = sign[0] * logits_real, sign[1] * logits_fake
+                sign = torch.where(torch.rand(2, batch_size, device=device) < args.flip_labels, -1, 1)  # -1: wrong
+                logits = sign[0] * logits_real, sign[1] * logits_fake  # -l is the logit of the other label
                 loss_d = discriminator_loss(*logits, args.loss, args.label_smoothing)
+                penalty = args.r1 / 2 * r1_penalty(logits_real, x_real) if args.r1 else 0  # not in the log's loss_d
                 opt_d.zero_grad()
-                (loss_d + args.r1 / 2 * r1_penalty(logits_real, x_real) if args.r1 else loss_d).backward()
-                if logging or args.clip_grad_norm:
+                (loss_d + penalty).backward()
+                if logging or args.clip_grad_norm:  # up to inf: only measured
                     norm_d = nn.utils.clip_grad_norm_(D.parameters(), args.clip_grad_norm or math.inf)
                 opt_d.step()
             # (2) G step: maximise log D(G(z)) for the same z; the gradient passes through D, whose weights are frozen
@@ -336,7 +337,7 @@ def train(args, run):
                 if logging or args.clip_grad_norm:
                     norm_g = nn.utils.clip_grad_norm_(G.parameters(), args.clip_grad_norm or math.inf)
                 opt_g.step()
-            G_ema.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema, (1 + step) / (10 + step)))  # forgets the start
+            G_ema.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema, (1 + step) / (10 + step)))  # short memory at first
             G_ema.update_parameters(G)  # averages the parameters, copies the buffers; with --ema 0 it is G
             # (3) log, sample, save
             if logging:
@@ -346,7 +347,7 @@ def train(args, run):
                 for name, value in zip(log[0].split(",")[2:], row, strict=True):
                     if not math.isfinite(value):
                         raise Fault(f"{name} is {value} at step {step}; the last checkpoint is kept. Try a lower rate.")
-                if epoch_ends or step % args.log_every == 0:
+                if epoch_ends or step % args.log_every == 0:  # not where Ctrl-C fell: a resumed run has the same rows
                     with open(out / "log.csv", "a") as file:
                         print(epoch + 1, step, *(f"{value:.6g}" for value in row), sep=",", file=file)
                 line = f"epoch {epoch + 1}/{args.epochs} [{'#' * (10 * step // last_step):10}] loss_d {row[0]:.3f} "
@@ -377,7 +378,7 @@ def main(argv=None):
     """Run the script. Returns the exit code: 2 for bad use, 1 for a fault, each told in one sentence."""
     try:
         args = parse_args(argv)
-        (generate if args.sample else train)(args, open_run(args, argv))
+        (generate if args.sample else train)(args, open_run(args, argv))  # which puts the run's flags into args
     except (Fault, OSError, MemoryError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         print("dcgan.py:", str(error).partition("\n")[0] or f"stopped by a {type(error).__name__}", file=sys.stderr)
         return 2 if isinstance(error, Misuse) else 1

@@ -42,7 +42,7 @@ from common import DATASETS, Fault, Misuse, epoch_order, fixed_noise, grid, load
 from common import save_gif, save_history, save_pictures, to_batch
 
 class Generator(nn.Sequential):
-    """z and c (B, inputs) -> image (B, img_channels, img_size, img_size) in [-1, 1]; shapes below are of the defaults.
+    """z and c (B, inputs) -> image (B, img_channels, img_size, img_size) in [-1, 1]; shapes below: default arguments.
     hidden_channels: from the image inwards. Raises Fault if img_size cannot be halved once for each of them."""
     def __init__(self, inputs=28, img_size=28, img_channels=1, hidden_channels=(16, 32), hidden=512):
         factor = 2 ** len(hidden_channels)
@@ -106,21 +106,21 @@ def draw_codes(n, sizes, continuous, device="cpu"):
     return torch.cat([*categories, 2 * torch.rand(n, continuous, device=device) - 1], 1)
 
 def augment(x, strength):
-    """x (B, C, H, W), each picture scaled, slanted, turned and shifted at random; differentiable."""
+    """x (B, C, H, W), each picture scaled, slanted, turned and shifted at random."""
     maps = torch.eye(2, 3, device=x.device) + strength * (2 * torch.rand(len(x), 2, 3, device=x.device) - 1)
     return grid_sample(x.float(), affine_grid(maps, x.shape, False), padding_mode="border", align_corners=False)
 
 def best_matching(table):
     """How many pictures of table (categories, labels), a list of lists, fit the best one-to-one matching, and the label
     of each category. Exact, category by category: for each set of labels given so far only the best way is kept."""
-    best = [(0, ())]  # ways: the pictures that fit, and the labels of the first categories
+    best = [(0, ())]  # ways to label the categories so far: the pictures that fit, and the labels
     for row in table:
         ways = [(fit + n, (*labels, k)) for fit, labels in best for k, n in enumerate(row) if k not in labels]
-        best = {frozenset(labels): (fit, labels) for fit, labels in sorted(ways)}.values()  # later ones replace
+        best = {frozenset(labels): (fit, labels) for fit, labels in sorted(ways)}.values()  # the last, best
     return max(best)
 
 def number(kind, low, high=math.inf):  # a type for argparse: an int or a float from low to high
-    def number(text):
+    def number(text):  # argparse puts this name into its message
         if low <= kind(text) <= high:
             return kind(text)
         raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
@@ -137,7 +137,7 @@ def parse_args(argv=None, known=None):
     run("--batch-size", type=number(int, 2), default=64, help="pictures in a batch (%(default)s)")
     run("--seed", type=number(int, 0, 2**31), default=0, help="of the weights, the noise and the order (%(default)s)")
     run("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
-    run("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where the hardware has it")
+    run("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="bf16 where the hardware has it (auto)")
     run("--compile", action="store_true", help="torch.compile both networks: slow to start, for GPUs only")
     run("--out", help="the folder of the run (runs/infogan-DATASET)")
     run("--overwrite", action="store_true", help="replace the run that is in the folder")
@@ -156,14 +156,14 @@ def parse_args(argv=None, known=None):
     model("--hidden", type=count, default=512, help="width of G's first layer and of the last shared one (%(default)s)")
     adam("--lr-g", type=share, default=1e-3, help="Adam's rate for G (%(default)s)")
     adam("--lr-d", type=share, default=5e-4, help="Adam's rate for D and Q (%(default)s)")
-    adam("--betas", type=number(float, 0, 0.9999), nargs=2, default=[0.5, 0.999], help="Adam's memory (0.5 0.999)")
+    adam("--betas", type=number(float, 0, 0.9999), nargs=2, default=[0.5, 0.999], help="Adam's decay rates (0.5 0.999)")
     adam("--adam-eps", type=share, default=1e-8, help="Adam's epsilon (%(default)s)")
     adam("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: down to 0 at the last step")
     adam("--clip-grad-norm", type=amount, help="scale the gradients of a network down to this L2 norm (off)")
-    adam("--ema", type=share, default=0.999, help="samples: from G's weights, averaged; final decay (%(default)s)")
+    adam("--ema", type=share, default=0.999, help="decay of the average of G that samples come from; 0: G (0.999)")
     info("--categorical", type=number(int, 2), nargs="+", default=[10], help="categories of each categorical code (10)")
     info("--continuous", type=number(int, 0), default=2, help="how many continuous codes (%(default)s)")
-    info("--continuous-variance", choices=["fixed", "learned"], default="fixed", help="of Q; fixed is 1 (fixed)")
+    info("--continuous-variance", choices=["fixed", "learned"], default="fixed", help="Q's: 1, or learned (fixed)")
     info("--info-weight-cat", type=amount, default=1, help="weight of the bound for categories (%(default)s)")
     info("--info-weight-cont", type=amount, default=0.3, help="weight of the bound for numbers (%(default)s)")
     info("--augment", type=share, default=0.25, help="how far to distort what Q learns from (%(default)s)")
@@ -296,9 +296,9 @@ def train(args, run):
     images, sizes, variance = data.images, args.categorical, args.continuous_variance
     if run and images.shape[:2] != (args.num_images, args.img_channels):
         raise Fault(f"{out} was trained on {args.num_images} pictures of {args.img_channels} channels, not these.")
-    args.num_images, args.img_channels, args.img_size, _ = images.shape
-    width, halvings = 16 if args.img_size < 64 else 32, range(max(1, round(math.log2(args.img_size / 8))))
-    args.hidden_channels = args.hidden_channels or [width << n for n in halvings]  # narrow, for a laptop
+    args.num_images, args.img_channels, args.img_size, _ = images.shape  # for build() and the checkpoint
+    width, powers = 16 if args.img_size < 64 else 32, range(max(1, round(math.log2(args.img_size / 8))))
+    args.hidden_channels = args.hidden_channels or [width << n for n in powers]  # narrow, for a laptop
     torch.manual_seed(args.seed + run["step"] if run else args.seed)  # on a GPU a resumed run draws new noise
     G, D = (network.to(device, memory_format=torch.channels_last) for network in build(args))
     G_ema = AveragedModel(G)
@@ -311,7 +311,7 @@ def train(args, run):
     c[:, : sizes[0]] = torch.eye(sizes[0]).repeat_interleave(8, 0)  # in the grid a row a category
     step, z_fixed = 0, torch.cat([fixed_noise(len(c), args.latent_dim, args.seed), c], 1).to(device)
     shuffled, n = epoch_order(len(images), len(images), args.seed, 0)[0], len(images) // 10
-    held_out, training = shuffled[: n or 1], shuffled[n:]  # indexes of pictures
+    held_out, training = shuffled[: n or 1], shuffled[n:]  # indexes; of under 10 pictures all are trained on
     batch_size = min(args.batch_size, len(training))
     steps_per_epoch = len(training) // batch_size
     args.epochs = args.epochs or max(10, math.ceil(9000 / steps_per_epoch))
@@ -323,17 +323,17 @@ def train(args, run):
     if run:
         for name, part in parts.items():
             part.load_state_dict(run[name])
-        step, z_fixed, error = run["step"], run["z_fixed"].to(device), run["cluster_error"]
+        step, z_fixed = run["step"], run["z_fixed"].to(device)
         torch.set_rng_state(run["rng"])
         rows = (out / "log.csv").read_text().splitlines()[1:] if (out / "log.csv").exists() else []
         log += [row for row in rows if row.count(",") == log[0].count(",") and int(row.split(",")[1]) <= step]
-    else:
-        for name in ["checkpoint.pt", "samples/[0-9]*.png", "generators/*.pt"] * args.overwrite:  # of the run replaced
-            list(map(Path.unlink, sorted(out.glob(name))))
-        (out / "samples").mkdir(parents=True, exist_ok=True)
-        imageio.imwrite(out / "real.png", grid(images[:: len(images) // 64 or 1][:64].cpu()))
-        imageio.imwrite(out / "samples" / "000000.png", grid(sample(G, z_fixed)))
-        error = measure(D, data, held_out, args, device)
+    elif args.overwrite:
+        for path in [*out.glob("checkpoint.pt"), *out.glob("samples/[0-9]*.png"), *out.glob("generators/*.pt")]:
+            path.unlink()  # what is left of the run that is replaced
+    (out / "samples").mkdir(parents=True, exist_ok=True)
+    imageio.imwrite(out / "real.png", grid(images[:: len(images) // 64 or 1][:64].cpu()))
+    imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed)))
+    error = run["cluster_error"] if run else measure(D, data, held_out, args, device)
     (out / "log.csv").write_text("\n".join(log) + "\n")  # without what a killed run logged after its checkpoint
     (out / "args.json").write_text(json.dumps(vars(args) | facts, indent=2) + "\n")
     print(f"{len(images):,} pictures {tuple(images.shape[1:])}, parameters {counts}, {facts['on']}, {out}", flush=True)
@@ -355,12 +355,12 @@ def train(args, run):
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 x_fake = G(z)  # kept for the G step
                 (logits_real, _), (logits_fake, guesses) = D(x_real), D(x_fake.detach())  # detached: no way to G
-                _, warped = D(augment(x_fake.detach(), args.augment))  # from these Q learns the categories
+                _, warped = D(augment(x_fake.detach(), args.augment))  # Q learns categories from these
             loss_d = discriminator_loss(logits_real, logits_fake)
             info_cat, info_cont = categorical_bound(warped, c, sizes), continuous_bound(guesses, c, sizes, variance)
             opt_d.zero_grad()
             (loss_d - args.info_weight_cat * info_cat - args.info_weight_cont * info_cont).backward()
-            if logging or args.clip_grad_norm:
+            if logging or args.clip_grad_norm:  # up to inf: only measured
                 norm_d = nn.utils.clip_grad_norm_(D.parameters(), args.clip_grad_norm or math.inf)
             opt_d.step()
             # (2) G step: maximise log D(G(z, c)) + weight L for the same z and c, the weights of D and Q frozen
@@ -374,7 +374,7 @@ def train(args, run):
             if logging or args.clip_grad_norm:
                 norm_g = nn.utils.clip_grad_norm_(G.parameters(), args.clip_grad_norm or math.inf)
             opt_g.step()
-            G_ema.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema, (1 + step) / (10 + step)))  # forgets the start
+            G_ema.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema, (1 + step) / (10 + step)))  # short memory at first
             G_ema.update_parameters(G)  # averages the parameters, copies the buffers; with --ema 0 it is G
             # (3) log, sample, save
             if logging:
@@ -385,10 +385,10 @@ def train(args, run):
                 row.insert(6, speed * batch_size)
                 if epoch_ends and step % 100 < steps_per_epoch:  # after an epoch, or about once in 100 steps
                     error = measure(D, data, held_out, args, device)
-                for name, value in zip(log[0].split(",")[2:], row, strict=False):
+                for name, value in zip(log[0].split(",")[2:], row, strict=False):  # without cluster_error
                     if not math.isfinite(value):
                         raise Fault(f"{name} is {value} at step {step}; the last checkpoint is kept. Try a lower rate.")
-                if epoch_ends or step % args.log_every == 0:
+                if epoch_ends or step % args.log_every == 0:  # not where Ctrl-C fell: a resumed run has the same rows
                     with open(out / "log.csv", "a") as file:
                         print(epoch + 1, step, *(f"{value:.6g}" for value in [*row, error]), sep=",", file=file)
                 line = f"epoch {epoch + 1}/{args.epochs} [{'#' * (10 * step // last_step):10}] loss_d {row[0]:.3f} "
@@ -420,7 +420,7 @@ def main(argv=None):
     """Run the script. Returns the exit code: 2 for bad use, 1 for a fault, each told in one sentence."""
     try:
         args = parse_args(argv)
-        (generate if args.sample else train)(args, open_run(args, argv))
+        (generate if args.sample else train)(args, open_run(args, argv))  # which puts the run's flags into args
     except (Fault, OSError, MemoryError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         print("infogan.py:", str(error).partition("\n")[0] or f"stopped by a {type(error).__name__}", file=sys.stderr)
         return 2 if isinstance(error, Misuse) else 1

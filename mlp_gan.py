@@ -36,7 +36,7 @@ from common import DATASETS, Fault, Misuse, epoch_order, fixed_noise, grid, load
 from common import save_history, save_pictures, to_batch
 
 class Generator(nn.Sequential):
-    """z (B, latent_dim) -> image (B, img_channels, img_size, img_size) in [-1, 1]; shapes below are of the defaults."""
+    """z (B, latent_dim) -> image (B, img_channels, img_size, img_size) in [-1, 1]; shapes below: default arguments."""
     def __init__(self, latent_dim=100, img_size=28, img_channels=1, hidden=(256, 512), norm="none", dropout=0.0):
         layers, shape = blocks([latent_dim, *hidden], norm, dropout), (img_channels, img_size, img_size)
         super().__init__(*layers, nn.Linear(hidden[-1], math.prod(shape)), nn.Tanh(), nn.Unflatten(1, shape))
@@ -62,7 +62,7 @@ def generator_loss(logits_fake, loss="nonsaturating"):
     return softplus(-logits_fake).mean() if loss == "nonsaturating" else -softplus(logits_fake).mean()
 
 def number(kind, low, high=math.inf):  # a type for argparse: an int or a float from low to high
-    def number(text):
+    def number(text):  # argparse puts this name into its message
         if low <= kind(text) <= high:
             return kind(text)
         raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
@@ -79,7 +79,7 @@ def parse_args(argv=None, known=None):
     run("--batch-size", type=number(int, 2), default=64, help="pictures in a batch (%(default)s)")
     run("--seed", type=number(int, 0, 2**31), default=0, help="of the weights, the noise and the order (%(default)s)")
     run("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
-    run("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where the hardware has it")
+    run("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="bf16 where the hardware has it (auto)")
     run("--compile", action="store_true", help="torch.compile both networks: slow to start, for GPUs only")
     run("--out", help="the folder of the run (runs/mlp_gan-DATASET)")
     run("--overwrite", action="store_true", help="replace the run that is in the folder")
@@ -95,18 +95,18 @@ def parse_args(argv=None, known=None):
     data("--img-size", type=count, help="resize the pictures to this (the size of the data; 64 for folder)")
     model("--latent-dim", type=count, default=100, help="how many numbers z has (%(default)s)")
     model("--hidden", type=count, nargs="+", default=[256, 512], help="widths in G, and in D from the last (256 512)")
-    model("--norm", choices=["none", "batch", "dropout"], default="none", help="in each hidden block of both (none)")
+    model("--norm", choices=["none", "batch", "dropout"], default="none", help="batch: in G and D; dropout: also in G")
     model("--dropout", type=number(float, 0, 0.99), default=0.3, help="rate in D, and in G with --norm dropout (0.3)")
     adam("--lr-g", type=share, default=1e-3, help="Adam's rate for G (%(default)s)")
     adam("--lr-d", type=share, default=1e-3, help="Adam's rate for D (%(default)s)")
-    adam("--betas", type=number(float, 0, 0.9999), nargs=2, default=[0.0, 0.99], help="Adam's memory (0 0.99)")
+    adam("--betas", type=number(float, 0, 0.9999), nargs=2, default=[0.0, 0.99], help="Adam's decay rates (0 0.99)")
     adam("--adam-eps", type=share, default=1e-8, help="Adam's epsilon (%(default)s)")
     adam("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: down to 0 at the last step")
     adam("--clip-grad-norm", type=amount, help="scale the gradients of a network down to this L2 norm (off)")
-    adam("--ema", type=share, default=0.999, help="samples: from G's weights, averaged; final decay (%(default)s)")
+    adam("--ema", type=share, default=0.999, help="decay of the average of G that samples come from; 0: G (0.999)")
     adam("--d-steps", type=count, default=1, help="D updates a step (%(default)s)")
     adam("--g-steps", type=count, default=1, help="G updates a step (%(default)s)")
-    trick("--loss", choices=["nonsaturating", "minimax"], default="nonsaturating", help="of G (nonsaturating)")
+    trick("--loss", choices=["nonsaturating", "minimax"], default="nonsaturating", help="of G; minimax: the theory's")
     trick("--label-smoothing", type=share, default=0, help="real means 1 - this, to D: Salimans 2016, 1606.03498 (off)")
     args = parser.parse_args(argv, known)
     args.script, args.out = "mlp_gan", args.out or f"runs/mlp_gan-{args.dataset}"
@@ -182,7 +182,7 @@ def train(args, run):
     images = load_data(args.dataset, args.data_dir, args.img_size, args.classes, args.background, device).images
     if run and images.shape[:2] != (args.num_images, args.img_channels):
         raise Fault(f"{out} was trained on {args.num_images} pictures of {args.img_channels} channels, not these.")
-    args.num_images, args.img_channels, args.img_size, _ = images.shape
+    args.num_images, args.img_channels, args.img_size, _ = images.shape  # for build() and the checkpoint
     torch.manual_seed(args.seed + run["step"] if run else args.seed)  # on a GPU a resumed run draws new noise
     G, D = (network.to(device) for network in build(args))
     G_ema = AveragedModel(G)
@@ -206,12 +206,12 @@ def train(args, run):
         torch.set_rng_state(run["rng"])
         rows = (out / "log.csv").read_text().splitlines()[1:] if (out / "log.csv").exists() else []
         log += [row for row in rows if row.count(",") == log[0].count(",") and int(row.split(",")[1]) <= step]
-    else:
-        for name in ["checkpoint.pt", "samples/[0-9]*.png", "generators/*.pt"] * args.overwrite:  # of the run replaced
-            list(map(Path.unlink, sorted(out.glob(name))))
-        (out / "samples").mkdir(parents=True, exist_ok=True)
-        imageio.imwrite(out / "real.png", grid(images[:: len(images) // 64 or 1][:64].cpu()))
-        imageio.imwrite(out / "samples" / "000000.png", grid(sample(G, z_fixed)))
+    elif args.overwrite:
+        for path in [*out.glob("checkpoint.pt"), *out.glob("samples/[0-9]*.png"), *out.glob("generators/*.pt")]:
+            path.unlink()  # what is left of the run that is replaced
+    (out / "samples").mkdir(parents=True, exist_ok=True)
+    imageio.imwrite(out / "real.png", grid(images[:: len(images) // 64 or 1][:64].cpu()))
+    imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed)))
     (out / "log.csv").write_text("\n".join(log) + "\n")  # without what a killed run logged after its checkpoint
     (out / "args.json").write_text(json.dumps(vars(args) | facts, indent=2) + "\n")
     print(f"{len(images):,} pictures {tuple(images.shape[1:])}, parameters {counts}, {facts['on']}, {out}", flush=True)
@@ -234,7 +234,7 @@ def train(args, run):
                 loss_d = discriminator_loss(logits_real, logits_fake, args.label_smoothing)
                 opt_d.zero_grad()
                 loss_d.backward()
-                if logging or args.clip_grad_norm:
+                if logging or args.clip_grad_norm:  # up to inf: only measured
                     norm_d = nn.utils.clip_grad_norm_(D.parameters(), args.clip_grad_norm or math.inf)
                 opt_d.step()
             # (2) G step: maximise log D(G(z)) for the same z; the gradient passes through D, whose weights are frozen
@@ -249,7 +249,7 @@ def train(args, run):
                 if logging or args.clip_grad_norm:
                     norm_g = nn.utils.clip_grad_norm_(G.parameters(), args.clip_grad_norm or math.inf)
                 opt_g.step()
-            G_ema.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema, (1 + step) / (10 + step)))  # forgets the start
+            G_ema.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema, (1 + step) / (10 + step)))  # short memory at first
             G_ema.update_parameters(G)  # averages the parameters, copies the buffers; with --ema 0 it is G
             # (3) log, sample, save
             if logging:
@@ -260,7 +260,7 @@ def train(args, run):
                 for name, value in zip(log[0].split(",")[2:], row, strict=True):
                     if not math.isfinite(value):
                         raise Fault(f"{name} is {value} at step {step}; the last checkpoint is kept. Try a lower rate.")
-                if epoch_ends or step % args.log_every == 0:
+                if epoch_ends or step % args.log_every == 0:  # not where Ctrl-C fell: a resumed run has the same rows
                     with open(out / "log.csv", "a") as file:
                         print(epoch + 1, step, *(f"{value:.6g}" for value in row), sep=",", file=file)
                 line = f"epoch {epoch + 1}/{args.epochs} [{'#' * (10 * step // last_step):10}] loss_d {row[0]:.3f} "
@@ -290,7 +290,7 @@ def main(argv=None):
     """Run the script. Returns the exit code: 2 for bad use, 1 for a fault, each told in one sentence."""
     try:
         args = parse_args(argv)
-        (generate if args.sample else train)(args, open_run(args, argv))
+        (generate if args.sample else train)(args, open_run(args, argv))  # which puts the run's flags into args
     except (Fault, OSError, MemoryError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         print("mlp_gan.py:", str(error).partition("\n")[0] or f"stopped by a {type(error).__name__}", file=sys.stderr)
         return 2 if isinstance(error, Misuse) else 1

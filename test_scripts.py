@@ -66,7 +66,7 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 
 DRAWN = ["test_one_step_writes_everything", "test_mlp_gan_keeps_the_gradient_of_the_last_layer_of_each_epoch"]
 DRAWN += ["test_infogan_traversals_for_any_codes", "test_interpolation_gif_follows_the_flag"]
-DRAWN += ["test_snapshots_and_sample_grids"]
+DRAWN += ["test_snapshots_and_sample_grids", "test_resume_along_another_path_changes_interpolation_gif_alone"]
 
 
 @pytest.fixture(autouse=True)
@@ -397,6 +397,16 @@ def test_pictures_that_turned_from_grey_to_colour_end_a_resume(script, tmp_path,
     Image.fromarray(np.stack([grey, grey + 1, grey + 2], 2)).save(folder / "3.png")
     capsys.readouterr()
     assert "r was trained on" in refusal(capsys, script.main(["--out", "r", "--resume", "--max-steps", "2"]))
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_a_checkpoint_alone_can_be_resumed(script, pictures, epochs):
+    run_on_pictures(script, pictures, "r", "--epochs", 1)
+    Path("alone").mkdir()
+    shutil.copy("r/checkpoint.pt", "alone")
+    assert script.main(["--out", "alone", "--resume", "--epochs", str(epochs)]) == 0
+    assert Path("alone/real.png").read_bytes() == Path("r/real.png").read_bytes()
+    assert len(list(Path("alone/samples").iterdir())) == epochs
 
 
 def test_runs_below_the_pictures_are_no_pictures_and_links_are_followed(tmp_path, monkeypatch):
@@ -1079,6 +1089,14 @@ def test_interpolation_gif_follows_the_flag(pictures):
         run_on_pictures(dcgan, pictures, kind, "--max-steps", 1, "--interpolate", kind)
         assert len(imageio.mimread(f"{kind}/interpolation.gif", memtest=False)) > 20
     assert Path("linear/interpolation.gif").read_bytes() != Path("slerp/interpolation.gif").read_bytes()
+
+
+def test_resume_along_another_path_changes_interpolation_gif_alone(pictures):
+    run_on_pictures(dcgan, pictures, "r", "--epochs", 1)
+    before, state = Path("r/interpolation.gif").read_bytes(), Path("r/checkpoint.pt").read_bytes()
+    assert dcgan.main(["--out", "r", "--resume", "--interpolate", "linear"]) == 0
+    assert Path("r/interpolation.gif").read_bytes() != before
+    assert Path("r/checkpoint.pt").read_bytes() == state
 
 
 def test_dcgan_gives_in_to_a_full_disk_in_one_sentence(pictures, capsys):

@@ -65,7 +65,7 @@ class ResBlock(nn.Module):
         return self.main(x) + self.skip(x)
 
 class Generator(nn.Sequential):
-    """z (B, latent_dim) -> image (B, img_channels, img_size, img_size) in [-1, 1]; shapes below are of the defaults.
+    """z (B, latent_dim) -> image (B, img_channels, img_size, img_size) in [-1, 1]; shapes below: default arguments.
     hidden_channels: from the image inwards. Raises Fault if img_size cannot be halved once for each of them."""
     def __init__(self, latent_dim=100, img_size=28, img_channels=1, hidden_channels=(64, 128), depth=1, arch="conv"):
         factor = 2 ** len(hidden_channels)
@@ -132,7 +132,7 @@ def gradient_penalty(critic, x_real, x_fake):
     return (slopes(critic, x_real, x_fake) - 1).square().mean()
 
 def number(kind, low, high=math.inf):  # a type for argparse: an int or a float from low to high
-    def number(text):
+    def number(text):  # argparse puts this name into its message
         if low <= kind(text) <= high:
             return kind(text)
         raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
@@ -149,7 +149,7 @@ def parse_args(argv=None, known=None):
     run("--batch-size", type=number(int, 2), default=32, help="pictures in a batch (%(default)s)")
     run("--seed", type=number(int, 0, 2**31), default=0, help="of the weights, the noise and the order (%(default)s)")
     run("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
-    run("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where the hardware has it")
+    run("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="bf16 where the hardware has it (auto)")
     run("--compile", action="store_true", help="torch.compile G, and D without gp: slow to start, for GPUs only")
     run("--out", help="the folder of the run (runs/wgan_gp-DATASET)")
     run("--overwrite", action="store_true", help="replace the run that is in the folder")
@@ -164,18 +164,18 @@ def parse_args(argv=None, known=None):
     data("--background", default="white", help="what transparent pictures are laid on (%(default)s)")
     data("--img-size", type=count, help="resize the pictures to this (the size of the data; 64 for folder)")
     model("--latent-dim", type=count, default=100, help="how many numbers z has (%(default)s)")
-    model("--hidden-channels", type=count, nargs="+", help="from the image inwards (32 64 ... / depth, to about 8x8)")
+    model("--hidden-channels", type=count, nargs="+", help="from the image inwards (16 32; at 64x64: 32 64 128)")
     model("--arch", choices=["conv", "resnet"], default="conv", help="resnet: residual blocks, as in 1704.00028 (conv)")
     model("--depth", type=count, help="convolutions at each resolution of conv, the extra ones 3x3 (1; under 64x64 2)")
     adam("--lr-g", type=share, default=1e-3, help="rate for G (%(default)s)")
     adam("--lr-d", type=share, help="rate for D (0.001 with gp, else 0.0002)")
-    adam("--betas", type=number(float, 0, 0.9999), nargs=2, default=[0.0, 0.9], help="Adam's memory (0 0.9)")
+    adam("--betas", type=number(float, 0, 0.9999), nargs=2, default=[0.0, 0.9], help="Adam's decay rates (0 0.9)")
     adam("--adam-eps", type=share, default=1e-8, help="Adam's epsilon (%(default)s)")
     adam("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: down to 0 at the last step")
     adam("--clip-grad-norm", type=amount, help="scale the gradients of a network down to this L2 norm (off)")
-    adam("--ema", type=share, default=0.999, help="samples: from G's weights, averaged; final decay (%(default)s)")
+    adam("--ema", type=share, default=0.999, help="decay of the average of G that samples come from; 0: G (0.999)")
     model("--critic-norm", choices=["none", "layer"], help="layer norm in the critic (layer with clip, else none)")
-    lipschitz("--lipschitz", choices=["gp", "clip", "spectral"], default="gp", help="what holds D's slope (gp)")
+    lipschitz("--lipschitz", choices=["gp", "clip", "spectral"], default="gp", help="what bounds the slope of D (gp)")
     lipschitz("--gp-weight", type=amount, default=10, help="of the penalty of gp (%(default)s)")
     lipschitz("--clip-value", type=amount, default=0.05, help="bound of each weight of D with clip (%(default)s)")
     lipschitz("--critic-steps", type=count, default=5, help="D updates for each update of G (%(default)s)")
@@ -249,10 +249,10 @@ def train(args, run):
     images = load_data(args.dataset, args.data_dir, args.img_size, args.classes, args.background, device).images
     if run and images.shape[:2] != (args.num_images, args.img_channels):
         raise Fault(f"{out} was trained on {args.num_images} pictures of {args.img_channels} channels, not these.")
-    args.num_images, args.img_channels, args.img_size, _ = images.shape
+    args.num_images, args.img_channels, args.img_size, _ = images.shape  # for build() and the checkpoint
     args.depth = (args.depth or (2 if args.img_size < 64 else 1)) if args.arch == "conv" else 1
-    width, halvings = max(1, 32 // args.depth), range(max(1, round(math.log2(args.img_size / 8))))  # for a laptop
-    args.hidden_channels = args.hidden_channels or [width << n for n in halvings]
+    width, powers = max(1, 32 // args.depth), range(max(1, round(math.log2(args.img_size / 8))))  # for a laptop
+    args.hidden_channels = args.hidden_channels or [width << n for n in powers]
     torch.manual_seed(args.seed + run["step"] if run else args.seed)  # on a GPU a resumed run draws new noise
     G, D = (network.to(device, memory_format=torch.channels_last) for network in build(args))
     G_ema = AveragedModel(G)
@@ -263,7 +263,7 @@ def train(args, run):
         G.compile(), args.lipschitz == "gp" or D.compile()  # gp differentiates D twice, and compiled code cannot be
     step, z_fixed = 0, fixed_noise(64, args.latent_dim, args.seed).to(device)
     shuffled, n = epoch_order(len(images), len(images), args.seed, 0)[0], min(1000, len(images) // 10)
-    held_out, training = shuffled[: n or 1], shuffled[n:]  # indexes of pictures
+    held_out, training = shuffled[: n or 1], shuffled[n:]  # indexes; of under 10 pictures all are trained on
     batch_size = min(args.batch_size, len(training))
     steps_per_epoch = max(1, len(training) // (batch_size * args.critic_steps))
     args.epochs = args.epochs or max(10, math.ceil(4000 / steps_per_epoch))
@@ -279,12 +279,12 @@ def train(args, run):
         torch.set_rng_state(run["rng"])
         rows = (out / "log.csv").read_text().splitlines()[1:] if (out / "log.csv").exists() else []
         log += [row for row in rows if row.count(",") == log[0].count(",") and int(row.split(",")[1]) <= step]
-    else:
-        for name in ["checkpoint.pt", "samples/[0-9]*.png", "generators/*.pt"] * args.overwrite:  # of the run replaced
-            list(map(Path.unlink, sorted(out.glob(name))))
-        (out / "samples").mkdir(parents=True, exist_ok=True)
-        imageio.imwrite(out / "real.png", grid(images[:: len(images) // 64 or 1][:64].cpu()))
-        imageio.imwrite(out / "samples" / "000000.png", grid(sample(G, z_fixed)))
+    elif args.overwrite:
+        for path in [*out.glob("checkpoint.pt"), *out.glob("samples/[0-9]*.png"), *out.glob("generators/*.pt")]:
+            path.unlink()  # what is left of the run that is replaced
+    (out / "samples").mkdir(parents=True, exist_ok=True)
+    imageio.imwrite(out / "real.png", grid(images[:: len(images) // 64 or 1][:64].cpu()))
+    imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed)))
     (out / "log.csv").write_text("\n".join(log) + "\n")  # without what a killed run logged after its checkpoint
     (out / "args.json").write_text(json.dumps(vars(args) | facts, indent=2) + "\n")
     print(f"{len(images):,} pictures {tuple(images.shape[1:])}, parameters {counts}, {facts['on']}, {out}", flush=True)
@@ -310,7 +310,7 @@ def train(args, run):
                         loss_d = loss_d + args.gp_weight * gradient_penalty(D, x_real, x_fake)
                 opt_d.zero_grad()
                 loss_d.backward()
-                if logging or args.clip_grad_norm:
+                if logging or args.clip_grad_norm:  # up to inf: only measured
                     norm_d = nn.utils.clip_grad_norm_(D.parameters(), args.clip_grad_norm or math.inf)
                 opt_d.step()
                 for weight in D.parameters() if args.lipschitz == "clip" else ():
@@ -324,7 +324,7 @@ def train(args, run):
             if logging or args.clip_grad_norm:
                 norm_g = nn.utils.clip_grad_norm_(G.parameters(), args.clip_grad_norm or math.inf)
             opt_g.step()
-            G_ema.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema, (1 + step) / (10 + step)))  # forgets the start
+            G_ema.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema, (1 + step) / (10 + step)))  # short memory at first
             G_ema.update_parameters(G)  # averages the parameters, copies the buffers; with --ema 0 it is G
             # (3) log, sample, save
             if logging:  # D after its last update; loss_d and norm_d are from before it
@@ -340,7 +340,7 @@ def train(args, run):
                 for name, value in zip(log[0].split(",")[2:], row, strict=True):
                     if not math.isfinite(value):
                         raise Fault(f"{name} is {value} at step {step}; the last checkpoint is kept. Try a lower rate.")
-                if epoch_ends or step % args.log_every == 0:
+                if epoch_ends or step % args.log_every == 0:  # not where Ctrl-C fell: a resumed run has the same rows
                     with open(out / "log.csv", "a") as file:
                         print(epoch + 1, step, *(f"{value:.6g}" for value in row), sep=",", file=file)
                 line = f"epoch {epoch + 1}/{args.epochs} [{'#' * (10 * step // last_step):10}] G step {step} W "
@@ -369,7 +369,7 @@ def main(argv=None):
     """Run the script. Returns the exit code: 2 for bad use, 1 for a fault, each told in one sentence."""
     try:
         args = parse_args(argv)
-        (generate if args.sample else train)(args, open_run(args, argv))
+        (generate if args.sample else train)(args, open_run(args, argv))  # which puts the run's flags into args
     except (Fault, OSError, MemoryError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         print("wgan_gp.py:", str(error).partition("\n")[0] or f"stopped by a {type(error).__name__}", file=sys.stderr)
         return 2 if isinstance(error, Misuse) else 1

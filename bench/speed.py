@@ -184,7 +184,7 @@ def measure(name, flags, data, steps, rounds):
 
 def table_of_scripts(rounds, shorter):
     """One row a script and precision."""
-    print("| script | precision | images/s | faster than a plain loop | its batch ready | time over the bound | Adam |")
+    print("| script | precision | images/s | times a plain loop | its batch ready | time over the bound | Adam |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     data = Data(torch.randint(256, (60_000 // shorter, 1, 28, 28), dtype=torch.uint8))
     for title, (name, flags, steps) in ROWS.items():
@@ -211,7 +211,7 @@ def measure_memory(n, kind, steps):
 
 def table_of_sizes(rounds, shorter):
     """One row a size: seconds of a step, all sizes in turn in this process; memory, each in a process of its own."""
-    print("\n| pictures | kept | ms a step | of that with the first | peak MB |")
+    print("\n| pictures | kept | ms a step | ratio to the first row | peak MB |")
     print("| --- | --- | --- | --- | --- |")
     sizes, steps = [1000, 10_000, 100_000] + [1_000_000] * (shorter == 1), max(2, 60 // shorter)
     cases, found = [(n, kind) for n in sizes for kind in ("resident", "mapped")], []
