@@ -760,6 +760,7 @@ def test_dcgan_initial_weights_are_those_of_the_paper():
                 assert (module.bias == 0).all()
                 assert (module.eps, module.momentum) == (1e-5, 0.1)
             elif isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+                assert abs(module.weight.mean()) < 0.002
                 assert abs(module.weight.std() - 0.02) < 0.002
                 assert module.bias is None
 
