@@ -156,6 +156,9 @@ def test_one_step_writes_everything(script, digits):
     assert flags["parameters"]["G"] > 0
     assert imageio.imread(out / "samples" / "000000.png").shape[2] == 3
     assert checkpoint(out)["step"] == 1
+    pictures = {"infogan": 2700, "wgan_gp": 2700}.get(script.__name__, 3000)  # a tenth is held out
+    steps = pictures // (32 if script is wgan_gp else 64)
+    assert flags["epochs"] == math.ceil((4000 if script is wgan_gp else 9000) / steps)  # the default, for so few
 
 
 def test_one_step_changes_every_weight_of_both_networks(script, digits):
@@ -1269,6 +1272,7 @@ def test_resblock_doubles_or_halves_around_its_skip_connection():
     down = wgan_gp.ResBlock(3, 5, lambda channels: nn.Identity(), down=[nn.AvgPool2d(2)])
     assert up(x).shape == (2, 5, 16, 16)
     assert down(x).shape == (2, 5, 4, 4)
+    assert torch.equal(down.main(-x.abs()), down.main(torch.zeros_like(x)))  # ReLU comes first
     nn.init.zeros_(down.main[5].weight)
     nn.init.zeros_(down.main[5].bias)
     assert torch.equal(down(x), down.skip(x))
