@@ -921,6 +921,30 @@ def test_diffaugment_is_random_for_each_picture_and_differentiable():
     assert grey.shape == (4, 1, 8, 8)
 
 
+def diffaugment_with(monkeypatch, x, *numbers):
+    """dcgan.diffaugment(x) with these for light, colour, contrast, top, left, down, right."""
+    monkeypatch.setattr(torch, "rand", lambda *size, device: torch.tensor(numbers).view(7, 1, 1, 1, 1))
+    return dcgan.diffaugment(x)
+
+
+def test_diffaugment_moves_by_an_eighth_and_cuts_a_quarter(monkeypatch):
+    x = torch.rand(1, 3, 16, 16) + 1
+    y = diffaugment_with(monkeypatch, x, 0.5, 0.5, 0.5, 0.0, 0.5, 1.0, 0.0)  # neither light, colour nor contrast
+    expected = x[:, :, torch.arange(2, 18).clamp(max=15)][..., torch.arange(-2, 14).clamp(min=0)]  # 2 up, 2 right
+    expected[:, :, :4, 5:12] = 0  # nearer than 4 to row 0 and to column 8
+    assert torch.allclose(y, expected, atol=1e-6)
+
+
+def test_diffaugment_changes_light_colour_and_contrast_by_so_much(monkeypatch):
+    x = torch.tensor([0.6, 0.0, 0.3]).view(1, 3, 1, 1).expand(1, 3, 16, 16)  # its mean: 0.3
+    def last_pixel(*numbers):
+        return diffaugment_with(monkeypatch, x, *numbers, 0.0, 0.0, 0.5, 0.5)[0, :, -1, -1]
+    assert torch.allclose(last_pixel(0.9, 0.5, 0.5), torch.tensor([1.0, 0.4, 0.7]))
+    assert torch.allclose(last_pixel(0.5, 0.0, 0.5), torch.tensor([0.3, 0.3, 0.3]))  # grey
+    assert torch.allclose(last_pixel(0.5, 1.0, 0.5), torch.tensor([0.9, -0.3, 0.3]))  # twice as far from it
+    assert torch.allclose(last_pixel(0.5, 0.5, 1.0), torch.tensor([0.75, -0.15, 0.3]))  # 1.5 times from the mean
+
+
 def watched(monkeypatch, script=dcgan):
     """Record what D is fed, and the logits and losses of each step."""
     seen = {"x": [], "out": [], "loss_d": [], "loss_g": []}
