@@ -372,7 +372,7 @@ def train(args, run):
         save_history(out)
         z = noise_path(fixed_noise(4 * 32, args.latent_dim, args.seed).view(4, 32, -1), args.interpolate).to(device)
         save_gif(out / "interpolation.gif", [grid(sample(G_ema, z_t)) for z_t in z], 100)
-    print(f"Step {step} of {last_step}. Look at {out}/samples.gif, interpolation.gif and losses.png.")
+    print(f"Step {step} of {max(step, last_step)}. Look at {out}/samples.gif, interpolation.gif and losses.png.")
 
 def main(argv=None):
     """Run the script. Returns the exit code: 2 for bad use, 1 for a fault, each told in one sentence."""

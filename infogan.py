@@ -414,7 +414,7 @@ def train(args, run):
         save_history(out)
         save_traversals(G_ema, args, device)
         measure(D, data, held_out, args, device)
-    print(f"Step {step} of {last_step}. Look at {out}/samples.gif, traversal.png and losses.png.")
+    print(f"Step {step} of {max(step, last_step)}. Look at {out}/samples.gif, traversal.png and losses.png.")
 
 def main(argv=None):
     """Run the script. Returns the exit code: 2 for bad use, 1 for a fault, each told in one sentence."""

@@ -284,7 +284,7 @@ def train(args, run):
         signal.signal(signal.SIGINT, ctrl_c)
         save_plots(out, gradients)
         save_history(out)
-    print(f"Step {step} of {last_step}. Look at {out}/samples.gif, losses.png and gradients.png.")
+    print(f"Step {step} of {max(step, last_step)}. Look at {out}/samples.gif, losses.png and gradients.png.")
 
 def main(argv=None):
     """Run the script. Returns the exit code: 2 for bad use, 1 for a fault, each told in one sentence."""

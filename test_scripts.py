@@ -277,11 +277,13 @@ def test_a_run_that_was_moved_is_resumed_where_it_is(script, pictures):
     assert checkpoint(f"runs/{script.__name__}-digits")["step"] == 6
 
 
-def test_resume_of_a_finished_run_changes_nothing(script, pictures):
-    run_on_pictures(script, pictures, "r", "--epochs", 1)
-    before = Path("r/checkpoint.pt").read_bytes()
-    assert script.main(["--out", "r", "--resume"]) == 0
+@pytest.mark.parametrize("flags", [[], ["--epochs", "1"]], ids=["the same epochs", "fewer"])
+def test_resume_of_a_finished_run_changes_nothing(script, pictures, capsys, flags):
+    run_on_pictures(script, pictures, "r", "--epochs", 2)
+    before, step, _ = Path("r/checkpoint.pt").read_bytes(), checkpoint("r")["step"], capsys.readouterr()
+    assert script.main(["--out", "r", "--resume", *flags]) == 0
     assert Path("r/checkpoint.pt").read_bytes() == before
+    assert f"Step {step} of {step}." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flag", [["--latent-dim", "9"], ["--seed", "5"], ["--dataset", "digits"], ["--lr-g", "0.1"]])
@@ -2249,6 +2251,11 @@ def test_every_command_in_the_readme_parses(monkeypatch):
         _, path, *flags = shlex.split(command)
         with pytest.raises(Parsed):
             importlib.import_module(path.removesuffix(".py").replace("/", ".")).main(flags)
+
+
+def test_the_readme_counts_the_lines_of_each_script(script):
+    row = re.search(rf"^\| `{script.__name__}.py` \| \[.*", (HERE / "README.md").read_text(), re.MULTILINE)[0]
+    assert row.split(" | ")[3] == str(len(Path(script.__file__).read_text().splitlines()))
 
 
 def test_the_docstring_commands_parse(script):

@@ -363,7 +363,7 @@ def train(args, run):
         signal.signal(signal.SIGINT, ctrl_c)
         save_plots(out)
         save_history(out)
-    print(f"Step {step} of {last_step}. Look at {out}/samples.gif and losses.png.")
+    print(f"Step {step} of {max(step, last_step)}. Look at {out}/samples.gif and losses.png.")
 
 def main(argv=None):
     """Run the script. Returns the exit code: 2 for bad use, 1 for a fault, each told in one sentence."""
