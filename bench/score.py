@@ -177,10 +177,10 @@ def score(images, epoch, real, rows, folder):
     (folder / "score.csv").write_text("".join(",".join(row) + "\n" for row in [COLUMNS, *table]))
     curves = torch.tensor(sorted(row for row in rows if not isinstance(row[0], str))).reshape(-1, len(COLUMNS)).T
     figure = Figure(figsize=(13, 3.8), layout="constrained")
-    panels = {"Frechet distance": [1, 2], "Kernel distance": [3], "Precision and recall": [5, 6]}
-    for panel, (title, columns) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+    titles, lows = ("Frechet distance", "Kernel distance", "Precision and recall"), (0, None, 0)  # KID may be negative
+    for panel, title, columns, low in zip(figure.subplots(1, 3), titles, ([1, 2], [3], [5, 6]), lows, strict=True):
         panel.legend(panel.plot(curves[0], curves[columns].T, "o-"), [COLUMNS[column] for column in columns])
-        panel.set(title=title, xlabel="epoch", ylim=(0, None))
+        panel.set(title=title, xlabel="epoch", ylabel="share" if 5 in columns else "lower is better", ylim=(low, None))
     if curves.numel():
         figure.savefig(folder / "score.png", dpi=100)
     return images, fake
