@@ -2093,6 +2093,23 @@ def test_score_of_snapshots_of_folders_and_of_several_runs(few_digits, capsys):
     assert f"fd: mean {rows[2]['fd']}, from {rows[2]['fd']}" in capsys.readouterr().out
 
 
+def test_the_plot_of_scores_shows_a_kernel_distance_below_0(few_digits, monkeypatch):
+    drawn = []
+
+    class Seen(Figure):
+        def savefig(self, *_, **__):
+            drawn.extend(self.axes)
+
+    monkeypatch.setattr(score, "Figure", Seen)
+    monkeypatch.setattr(score, "kid", lambda *_: (-0.01, 0.001))
+    run(mlp_gan, "--max-steps", 1, "--out", "r")
+    assert score.main(["r", "--samples", "100"]) == 0
+    fd, kid, share = (axes.get_ylim()[0] for axes in drawn)
+    assert (fd, share) == (0, 0)
+    assert kid < -0.01
+    assert all(axes.get_xlabel() and axes.get_ylabel() and axes.get_title() for axes in drawn)
+
+
 def test_score_watches_a_training(few_digits, monkeypatch, capsys):
     run(mlp_gan, "--epochs", 1, "--snapshot-every", 1, "--out", "r")
     naps = []
