@@ -2160,7 +2160,8 @@ def test_score_says_what_it_cannot_score(few_digits, tmp_path, capsys):
     run(mlp_gan, "--max-steps", 1, "--out", "r")
     capsys.readouterr()
     assert "--snapshot-every" in refusal(capsys, score.main(["r", "--watch"]), [1])
-    assert "4 pictures" in refusal(capsys, score.main(["r", "--samples", "3"]), [1])
+    for n in ("3", "-5"):
+        assert "4 pictures" in refusal(capsys, score.main(["r", "--samples", n]), [1])
     Path("r/checkpoint.pt").write_bytes(b"damaged")
     assert "checkpoint.pt" in refusal(capsys, score.main(["r"]), [1])
 

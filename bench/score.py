@@ -193,7 +193,7 @@ def score_folder(folder, args):
         raise Fault(f"{folder} holds no run: name another, or say with --dataset what to compare with.")
     if args.watch and not flags.get("snapshot_every"):
         raise Fault(f"{folder} is not trained with --snapshot-every: there is nothing to watch.")
-    n = args.samples or (26_000 if dataset == "stacked-mnist" else 10_000)
+    n = max(1, args.samples or (26_000 if dataset == "stacked-mnist" else 10_000))
     real = reference(dataset, args.data_dir or flags.get("data_dir", "data"), flags.get("img_size"),
                      tuple(flags.get("classes") or ()), flags.get("background", "white"), args.features == "inception")
     while args.snapshots or args.watch:
@@ -227,7 +227,7 @@ def main(argv=None):
     add("folders", nargs="*", type=Path, help="runs, or folders of pictures to compare with --dataset")
     add("--dataset", choices=list(DATASETS), help="of the real images (that of the run)")
     add("--data-dir", help="where these are (where the run had it; else data)")
-    add("--samples", type=int, help="how many (10,000; of stacked-mnist 26,000)")
+    add("--samples", type=int, help="how many, 4 or more (10,000; of stacked-mnist 26,000)")
     add("--features", choices=["classifier", "inception"], default="classifier", help="inception: of ImageNet")
     add("--snapshots", action="store_true", help="score each of generators/*.pt too, and name the best")
     add("--watch", action="store_true", help="score each of generators/*.pt as it comes, to Ctrl-C")
