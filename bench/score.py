@@ -193,7 +193,7 @@ def score_folder(folder, args):
         raise Fault(f"{folder} holds no run: name another, or say with --dataset what to compare with.")
     if args.watch and not flags.get("snapshot_every"):
         raise Fault(f"{folder} is not trained with --snapshot-every: there is nothing to watch.")
-    n = max(1, args.samples or (26_000 if dataset == "stacked-mnist" else 10_000))
+    n = max(1, args.samples or (26_000 if dataset == "stacked-mnist" else 10_000))  # score() refuses under 4
     real = reference(dataset, args.data_dir or flags.get("data_dir", "data"), flags.get("img_size"),
                      tuple(flags.get("classes") or ()), flags.get("background", "white"), args.features == "inception")
     while args.snapshots or args.watch:
