@@ -26,6 +26,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from zipfile import ZipFile
 
 import imageio.v2 as imageio
 import numpy as np
@@ -213,7 +214,7 @@ def open_run(args, argv):
             raise Misuse(f"{args.out} holds a run: --resume continues it, --overwrite replaces it, --out avoids it.")
         return None
     try:
-        run = torch.load(path, map_location="cpu", weights_only=True)
+        run = {} if ZipFile(path).testzip() else torch.load(path, map_location="cpu", weights_only=True)  # {}: damaged
         flags = run["args"] | {"out": args.out, "max_steps": None}
         vars(args).update(vars(parse_args(argv, argparse.Namespace(**flags))))
         for name, network in zip("GD", build(argparse.Namespace(**flags)), strict=True):
@@ -378,11 +379,10 @@ def main(argv=None):
     """Run the script. Returns the exit code: 2 for bad use, 1 for a fault, each told in one sentence."""
     try:
         args = parse_args(argv)
-        (generate if args.sample else train)(args, open_run(args, argv))  # which puts the run's flags into args
+        return (generate if args.sample else train)(args, open_run(args, argv)) or 0  # open_run puts flags into args
     except (Fault, OSError, MemoryError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         print("dcgan.py:", str(error).partition("\n")[0] or f"stopped by a {type(error).__name__}", file=sys.stderr)
         return 2 if isinstance(error, Misuse) else 1
-    return 0
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -366,6 +366,10 @@ def damage(name):
         path.write_bytes(path.read_bytes()[:1000])
     elif name == "empty":
         path.write_bytes(b"")
+    elif name == "one bit":
+        raw, weights = bytearray(path.read_bytes()), next(iter(checkpoint("r")["G"].values())).numpy().tobytes()
+        raw[raw.index(weights)] ^= 64
+        path.write_bytes(raw)
     elif name == "another kind of file":
         torch.save([1, 2, 3], path)
     elif name == "of another script":
@@ -380,7 +384,8 @@ def damage(name):
         path.unlink()
 
 
-DAMAGES = ["truncated", "empty", "another kind of file", "of another script", "of an edited network", "a snapshot of G"]
+DAMAGES = ["truncated", "empty", "one bit", "another kind of file", "of another script", "of an edited network"]
+DAMAGES += ["a snapshot of G"]
 
 
 @pytest.mark.parametrize("name", [*DAMAGES, "gone"])
