@@ -64,16 +64,18 @@ def in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-DRAWN = ["test_one_step_writes_everything", "test_mlp_gan_keeps_the_gradient_of_the_last_layer_of_each_epoch"]
-DRAWN += ["test_infogan_traversals_for_any_codes", "test_interpolation_gif_follows_the_flag"]
-DRAWN += ["test_snapshots_and_sample_grids", "test_resume_along_another_path_changes_interpolation_gif_alone"]
+PLOTS = ["test_one_step_writes_everything", "test_mlp_gan_keeps_the_gradient_of_the_last_layer_of_each_epoch"]
+PLOTS += ["test_infogan_traversals_for_any_codes"]
+GIFS = [*PLOTS, "test_snapshots_and_sample_grids", "test_interpolation_gif_follows_the_flag"]
+GIFS += ["test_resume_along_another_path_changes_interpolation_gif_alone"]
 
 
 @pytest.fixture(autouse=True)
 def plots_and_gifs_are_drawn_only_where_they_are_looked_at(request, monkeypatch):
     """Drawing takes longer than the tiny runs; all but the drawing is done in each test."""
-    if request.node.originalname not in DRAWN:
+    if request.node.originalname not in PLOTS:
         monkeypatch.setattr(Figure, "savefig", lambda self, path, dpi: Path(path).write_bytes(b""))
+    if request.node.originalname not in GIFS:
         monkeypatch.setattr(imageio, "mimwrite", lambda *_, **__: b"")  # choosing 256 colours takes longest
 
 
@@ -104,6 +106,20 @@ def run_on_pictures(script, pictures, out, *flags):
     """24 pictures, or 26, in batches of 8: 3 steps an epoch."""
     few = ["--dataset", "folder", "--data-dir", pictures, "--img-size", 8, "--batch-size", 8]
     return run(script, *few, "--log-every", 2, "--out", out, *flags)
+
+
+@pytest.fixture(scope="session")
+def copy_one_step(pictures, tmp_path_factory):
+    """copy_one_step(script): the run of one step on the pictures, made once a script, copied to ./r."""
+    made = {}
+
+    def copy(script):
+        if script not in made:
+            made[script] = tmp_path_factory.mktemp("one") / "r"
+            assert run_on_pictures(script, pictures, made[script], "--max-steps", 1) == 0
+        shutil.copytree(made[script], "r")
+
+    return copy
 
 
 def judge(script):
@@ -287,8 +303,8 @@ def test_resume_of_a_finished_run_changes_nothing(script, pictures, capsys, flag
 
 
 @pytest.mark.parametrize("flag", [["--latent-dim", "9"], ["--seed", "5"], ["--dataset", "digits"], ["--lr-g", "0.1"]])
-def test_resume_refuses_a_flag_that_contradicts_the_run(script, pictures, capsys, flag):
-    run_on_pictures(script, pictures, "r", "--max-steps", 1)
+def test_resume_refuses_a_flag_that_contradicts_the_run(script, copy_one_step, capsys, flag):
+    copy_one_step(script)
     capsys.readouterr()
     said = refusal(capsys, script.main(["--out", "r", "--resume", *flag]), [2])
     assert flag[0] in said
@@ -349,8 +365,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(s
     assert Path("r/samples.gif").exists()
 
 
-def test_sample_writes_single_pictures_of_their_own_size(script, pictures, capsys):
-    run_on_pictures(script, pictures, "r", "--max-steps", 1)
+def test_sample_writes_single_pictures_of_their_own_size(script, copy_one_step, capsys):
+    copy_one_step(script)
     assert script.main(["--out", "r", "--sample", "3"]) == 0
     paths = sorted(Path("r/generated").iterdir())
     assert [path.name for path in paths] == ["00000.png", "00001.png", "00002.png"]
@@ -390,8 +406,8 @@ DAMAGES += ["a snapshot of G"]
 
 @pytest.mark.parametrize("name", [*DAMAGES, "gone"])
 @pytest.mark.parametrize("action", [["--resume"], ["--sample", "2"]])
-def test_a_checkpoint_that_cannot_be_used(script, pictures, capsys, name, action):
-    run_on_pictures(script, pictures, "r", "--max-steps", 1)
+def test_a_checkpoint_that_cannot_be_used(script, copy_one_step, capsys, name, action):
+    copy_one_step(script)
     damage(name)
     capsys.readouterr()
     assert "checkpoint.pt" in refusal(capsys, script.main(["--out", "r", *action]))
@@ -608,7 +624,8 @@ def test_plots_are_drawn_after_each_epoch_but_not_all_the_time(script, pictures,
     run_on_pictures(script, pictures, "r", "--epochs", 35, "--sample-every", 1000)  # 3 steps each
     assert drawn == [102, 105]  # the first epoch that ends after 100 steps, and the end
     drawn.clear()
-    run(script, "--data-dir", digits, "--batch-size", 25, "--epochs", 1, "--sample-every", 1000, "--out", "long")
+    small = ["--img-size", 8, "--batch-size", 25, "--sample-every", 1000]
+    run(script, "--data-dir", digits, *small, "--epochs", 1, "--out", "long")
     assert drawn[0] > 100
     assert len(drawn) == 2  # after the epoch, and at the end
 
