@@ -1706,6 +1706,21 @@ def test_digits_are_cached_and_a_damaged_cache_is_made_again(tmp_path, monkeypat
     assert torch.equal(common.load_data("digits", tmp_path).factors["slant"], one.factors["slant"])
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems allocate in other ways")
+def test_freed_memory_is_kept_for_the_next_step(digits):
+    code = f"""
+import resource, sys; sys.path.insert(0, {str(HERE)!r})
+import common, torch
+common.load_data("digits", {digits!r})
+for i in range(10):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    activations = [torch.ones(1_250_000) for _ in range(11)]  # 55 MB, or 13,000 pages
+    del activations
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1000
+
+
 def test_classes_keep_their_images_labels_and_factors(digits):
     whole, some = common.load_data("digits", digits), common.load_data("digits", digits, classes=[3, 7])
     assert set(some.labels.tolist()) == {3, 7}

@@ -187,7 +187,7 @@ def table_of_scripts(rounds, shorter):
     """One row a script and precision."""
     print("| script | precision | images/s | times a plain loop | its batch ready | time over the bound | Adam |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
-    torch.empty(31 * 2**20, dtype=torch.uint8)  # freed: now glibc keeps memory, as it does once a run has read its data
+    torch.empty(31 * 2**20, dtype=torch.uint8)  # as load_data() does, which is not called here
     for title, (name, flags, steps) in ROWS.items():
         size = 32 if "--img-size 32" in flags else 28
         data = Data(torch.randint(256, (60_000 // shorter, 1, size, size), dtype=torch.uint8))
