@@ -45,7 +45,7 @@ class Data(NamedTuple):
 def load_data(dataset, data_dir="data", img_size=None, classes=None, background="white", device="cpu"):
     """The data set of this name in DATASETS, whole, on the device. img_size None is its own, 64 for `folder`; classes
     keeps only these labels; background goes below transparency. Raises Misuse (flags), Fault (data missing or bad)."""
-    torch.empty(31 * 2**20, dtype=torch.uint8)  # freed at once: glibc now keeps 62 MB; page faults took 8% of a step
+    torch.empty(31 * 2**20, dtype=torch.uint8)  # freed: glibc now keeps 62 MB; page faults took up to 8% of a step
     try:
         background = ImageColor.getrgb(background)[:3]
     except ValueError as error:
