@@ -1,7 +1,7 @@
 """How fast is a step of each script? Beside a plain loop, beside its own bound, and for more and more data.
 
     python bench/speed.py            # both tables, in Markdown
-    python bench/speed.py --quick    # a few steps of each: that it works, not how fast it is
+    python bench/speed.py --quick    # a step or two of each: that it works, not how fast it is
     python bench/speed.py --scripts  # the first table alone
     python bench/speed.py --data     # the second alone
 
@@ -51,11 +51,11 @@ ROWS = {  # the script, its flags, steps a round
     "infogan": ("infogan", "", 30),
 }
 QUIET = ["save_plots", "save_history", "save_gif", "save_atomically", "save_traversals", "sample", "print"]
-WARM = 3  # steps that are not timed
+WARM = 3  # steps that are not timed; fewer if there are not as many that are
 
 def run_script(script, flags, data, steps):
     """Seconds of a step of script.main() on data, a Data; and the flags that it ran with."""
-    times, given, loss = [], [], script.generator_loss
+    times, given, loss, warm = [], [], script.generator_loss, min(WARM, steps)
     def timed_loss(*args):
         times.append(time.perf_counter())
         return loss(*args)
@@ -67,9 +67,9 @@ def run_script(script, flags, data, steps):
     fakes = dict.fromkeys(QUIET, lambda *_, **__: None) | {"generator_loss": timed_loss, "build": build}
     fakes |= {"load_data": lambda *_: data, "grid": lambda *_: np.zeros((8, 8, 3), np.uint8)}
     with tempfile.TemporaryDirectory() as out, patch.multiple(script, create=True, **fakes):
-        if script.main([*flags, "--device", "cpu", "--max-steps", str(steps + WARM), "--out", f"{out}/run"]):
+        if script.main([*flags, "--device", "cpu", "--max-steps", str(steps + warm), "--out", f"{out}/run"]):
             raise RuntimeError(f"{script.__name__} {flags} did not run")
-    return (times[-1] - times[WARM - 1]) / (len(times) - WARM), given[0]
+    return (times[-1] - times[warm - 1]) / steps, given[0]
 
 def losses(script, args):
     """The losses of a script as functions of D and pictures: of D, a list to be summed; of G."""
@@ -140,7 +140,7 @@ def bound_step(G, D, x, z, loss_d, loss_g, critic_steps, cast, update):
 
 def seconds(step, steps):
     """Of one step, the first few apart."""
-    for _ in range(WARM):
+    for _ in range(min(WARM, steps)):
         step()
     started = time.perf_counter()
     for _ in range(steps):
@@ -191,7 +191,7 @@ def table_of_scripts(rounds, shorter):
     for title, (name, flags, steps) in ROWS.items():
         size = 32 if "--img-size 32" in flags else 28
         data = Data(torch.randint(256, (60_000 // shorter, 1, size, size), dtype=torch.uint8))
-        found = measure(name, flags, data, max(2, steps // shorter), rounds)
+        found = measure(name, flags, data, max(1, steps // shorter), rounds)
         for precision, (ratio, ready, over, adam, speed) in found.items():
             cells = [f"{median(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in (ratio, ready)]
             cells += [f"{median(over):.0%} ({min(over):.0%} to {max(over):.0%})", f"{median(adam):.0%}"]
@@ -216,7 +216,7 @@ def table_of_sizes(rounds, shorter):
     """One row a size: seconds of a step, all sizes in turn in this process; memory, each in a process of its own."""
     print("\n| pictures | kept | ms a step | ratio to the first row | peak MB |")
     print("| --- | --- | --- | --- | --- |")
-    sizes, steps = [1000, 10_000, 100_000] + [1_000_000] * (shorter == 1), max(2, 60 // shorter)
+    sizes, steps = [1000, 10_000, 100_000, 1_000_000] if shorter == 1 else [1000], 60 // shorter
     cases, found = [(n, kind) for n in sizes for kind in ("resident", "mapped")], []
     with tempfile.TemporaryDirectory() as folder:
         data = [load_size(*case, folder) for case in cases]
@@ -232,7 +232,7 @@ def table_of_sizes(rounds, shorter):
 def main(argv=None):
     """Print the tables."""
     parser = argparse.ArgumentParser(description="How fast is a step of each script?")
-    parser.add_argument("--quick", action="store_true", help="a few steps of each, in half a minute")
+    parser.add_argument("--quick", action="store_true", help="a step or two of each: that it works, in half a minute")
     parser.add_argument("--scripts", action="store_true", help="the table of the scripts alone")
     parser.add_argument("--data", action="store_true", help="the table of the data set sizes alone")
     parser.add_argument("--rounds", type=int, default=5, help="of which medians are taken (%(default)s)")
