@@ -35,7 +35,7 @@ from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.functional import relu, softplus
 from torch.nn.utils.parametrizations import spectral_norm
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torchvision.ops import Permute
 from common import DATASETS, Fault, Misuse, epoch_order, fixed_noise, grid, load_data, sample, save_atomically
 from common import save_gif, save_history, save_pictures, to_batch
@@ -161,7 +161,7 @@ def parse_args(argv=None, known=None):
     run("--resume", action="store_true", help="go on with the run that is in the folder, by its flags, to --epochs")
     run("--sample", type=count, metavar="N", help="train nothing: write N pictures with the folder's checkpoint")
     run("--log-every", type=count, default=50, help="steps from one row of log.csv to the next (%(default)s)")
-    run("--sample-every", type=count, help="steps between sample grids (an epoch; and 1, 2, 4, 8, ... in the first)")
+    run("--sample-every", type=count, help="a sample grid also each so many steps (each epoch; first: 1, 2, 4, ...)")
     run("--snapshot-every", type=count, help="epochs from one copy of G in generators/ to the next (none)")
     run("--interpolate", choices=["linear", "slerp", "rotation"], default="slerp", help="in interpolation.gif (slerp)")
     data("--dataset", choices=list(DATASETS), default="digits", help="folder: your own pictures (%(default)s)")
@@ -245,7 +245,6 @@ def save_plots(out):
             axes.plot(log["step"], log[column], f"C{i}", alpha=0.25)
             axes.plot(log["step"][n - 1 :], np.convolve(log[column], np.ones(n) / n, "valid"), f"C{i}", label=column)
             axes.legend()
-        axes.locator_params("x", nbins=5)
         axes.set(title=title, xlabel="step (dark: running mean)", ylabel=ylabel, **more)
     figure.savefig(out / "losses.png", dpi=100)
 
@@ -273,7 +272,7 @@ def train(args, run):
     parts = {"G": G, "D": D, "G_ema": G_ema, "opt_g": opt_g, "opt_d": opt_d}
     if args.compile:
         G.compile(), args.r1 or D.compile()  # R1 differentiates D twice, and compiled code cannot be
-    step, z_fixed = 0, fixed_noise(64, args.latent_dim, args.seed).to(device)
+    step, z_fixed = 0, fixed_noise(512, args.latent_dim, args.seed).to(device)  # the first 64 make the grid
     batch_size = min(args.batch_size, len(images))
     steps_per_epoch = max(1, len(images) // (batch_size * args.d_steps))
     args.epochs = args.epochs or max(10, math.ceil(9000 / steps_per_epoch))
@@ -293,7 +292,7 @@ def train(args, run):
             path.unlink()  # what is left of the run that is replaced
     (out / "samples").mkdir(parents=True, exist_ok=True)
     imageio.imwrite(out / "real.png", grid(images[:: len(images) // 64 or 1][:64].cpu()))
-    imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed)))
+    imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed[:64])))
     (out / "log.csv").write_text("\n".join(log) + "\n")  # without what a killed run logged after its checkpoint
     (out / "args.json").write_text(json.dumps(vars(args) | facts, indent=2) + "\n")
     print(f"{len(images):,} pictures {tuple(images.shape[1:])}, parameters {counts}, {facts['on']}, {out}", flush=True)
@@ -355,8 +354,10 @@ def train(args, run):
                 line += f"loss_g {row[1]:.3f} {row[-1]:.0f} images/s {(last_step - step) / speed / 60:.1f} min left "
                 if sys.stdout.isatty() or epoch_ends:
                     print(line, end="\r" if sys.stdout.isatty() and not stopping else "\n", flush=True)
-            if step % (args.sample_every or steps_per_epoch) == 0 or (epoch == 0 and step & (step - 1) == 0):
-                imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed)))
+            sampling = step % (args.sample_every or last_step) == 0 or (epoch == 0 and step & (step - 1) == 0)
+            if sampling or epoch_ends or stopping:
+                update_bn(z_fixed.split(128), G_ema)  # the copied statistics of batch norm do not fit averaged weights
+                imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed[:64])))
             if epoch_ends or stopping:
                 state = {"args": vars(args), "step": step, "epoch": epoch + epoch_ends}
                 rest = {name: part.state_dict() for name, part in parts.items()} | {"rng": torch.get_rng_state()}

@@ -50,7 +50,7 @@ ROWS = {  # the script, its flags, steps a round
     "wgan_gp, one convolution, 64 128, batch 64": ("wgan_gp", "--depth 1 --hidden-channels 64 128 --batch-size 64", 8),
     "infogan": ("infogan", "", 30),
 }
-QUIET = ["save_plots", "save_history", "save_gif", "save_atomically", "save_traversals", "sample", "print"]
+QUIET = ["save_plots", "save_history", "save_gif", "save_atomically", "save_traversals", "sample", "update_bn", "print"]
 WARM = 3  # steps that are not timed; fewer if there are not as many that are
 
 def run_script(script, flags, data, steps):
