@@ -209,13 +209,14 @@ def build(args):
     return Generator(args.latent_dim + n + args.continuous, *shape), Discriminator(n + 2 * args.continuous, *shape)
 
 @torch.no_grad()
-def measure(D, data, held_out, args, device):
+def measure(D, data, training, held_out, args, device):
     """The error of the first categorical code as a classifier of the pictures at held_out; nan without labels or with
     over 16. Draws factors.png: which label is in which category, and which continuous code follows which factor."""
     size, n_codes = args.categorical[0], args.continuous
     n = max(size, data.labels.max().item() + 1) if data.labels is not None else math.inf
     if n > 16:  # there are 2^n sets of labels
         return math.nan
+    update_bn([to_batch(data.images, training[:512], device)], D)  # batch norm's statistics: now of real pictures alone
     D.eval()
     guesses = torch.cat([D(to_batch(data.images, index, device))[1].cpu() for index in held_out.split(500)])
     D.train()
@@ -333,7 +334,7 @@ def train(args, run):
     (out / "samples").mkdir(parents=True, exist_ok=True)
     imageio.imwrite(out / "real.png", grid(images[:: len(images) // 64 or 1][:64].cpu()))
     imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed[: 8 * sizes[0]])))
-    error = run["cluster_error"] if run else measure(D, data, held_out, args, device)
+    error = run["cluster_error"] if run else measure(D, data, training, held_out, args, device)
     (out / "log.csv").write_text("\n".join(log) + "\n")  # without what a killed run logged after its checkpoint
     (out / "args.json").write_text(json.dumps(vars(args) | facts, indent=2) + "\n")
     print(f"{len(images):,} pictures {tuple(images.shape[1:])}, parameters {counts}, {facts['on']}, {out}", flush=True)
@@ -384,7 +385,7 @@ def train(args, run):
                 row = torch.stack([*row, info_cat, info_cont, right.float().mean()]).tolist()
                 row.insert(6, speed * batch_size)
                 if epoch_ends and step % 100 < steps_per_epoch:  # after an epoch, or about once in 100 steps
-                    error = measure(D, data, held_out, args, device)
+                    error = measure(D, data, training, held_out, args, device)
                 for name, value in zip(log[0].split(",")[2:], row, strict=False):  # without cluster_error
                     if not math.isfinite(value):
                         raise Fault(f"{name} is {value} at step {step}; the last checkpoint is kept. Try a lower rate.")
@@ -415,7 +416,7 @@ def train(args, run):
         save_plots(out)
         save_history(out)
         save_traversals(G_ema, args, device)
-        measure(D, data, held_out, args, device)
+        measure(D, data, training, held_out, args, device)
     print(f"Step {step} of {max(step, last_step)}. Look at {out}/samples.gif, traversal.png and losses.png.")
 
 def main(argv=None):

@@ -1624,12 +1624,22 @@ def test_cluster_error_and_its_table(tmp_path, monkeypatch):
     shown, args = [], infogan.parse_args(["--out", str(tmp_path)])
     monkeypatch.setattr("matplotlib.axes.Axes.imshow", lambda self, values, **kwargs: shown.append(values))
     table = (torch.arange(10) + 3) % 10
-    assert infogan.measure(confident(monkeypatch, table), data, torch.arange(200), args, "cpu") == 0
+    assert infogan.measure(confident(monkeypatch, table), data, *[torch.arange(200)] * 2, args, "cpu") == 0
     assert (shown[0] == np.eye(10)[(np.arange(10) - 3) % 10]).all()  # all of label 0 in category 3, ...
     table[7] = table[1]  # two digits in one category
-    assert infogan.measure(confident(monkeypatch, table), data, torch.arange(200), args, "cpu") == pytest.approx(0.1)
+    error = infogan.measure(confident(monkeypatch, table), data, *[torch.arange(200)] * 2, args, "cpu")
+    assert error == pytest.approx(0.1)
     data = data._replace(labels=None)
-    assert math.isnan(infogan.measure(confident(monkeypatch, table), data, torch.arange(9), args, "cpu"))
+    assert math.isnan(infogan.measure(confident(monkeypatch, table), data, *[torch.arange(9)] * 2, args, "cpu"))
+
+
+def test_q_meets_real_pictures_with_their_own_batch_norm_statistics(digits):
+    data, D = common.load_data("digits", digits), infogan.Discriminator()
+    D(torch.randn(64, 1, 28, 28))  # fakes
+    infogan.measure(D, data, torch.arange(900, 2000), torch.arange(300), infogan.parse_args(["--out", "."]), "cpu")
+    seen = D.trunk[:3](common.to_batch(data.images, torch.arange(900, 1412)))
+    assert torch.allclose(D.trunk[3].running_mean, seen.mean((0, 2, 3)), atol=1e-5)
+    assert D.training
 
 
 def test_the_codes_of_the_digits_are_compared_with_their_factors(digits, monkeypatch):
@@ -1641,13 +1651,13 @@ def test_the_codes_of_the_digits_are_compared_with_their_factors(digits, monkeyp
     def forward(self, x):
         n = len(x)
         means = torch.stack([-((factor[forward.at : forward.at + n]) ** 3), torch.randn(n)], 1)
-        forward.at += n
+        forward.at += n * (not self.training)
         return x[:, 0, 0, 0], torch.cat([torch.zeros(n, 10), means, torch.zeros(n, 2)], 1)
 
     forward.at = 0
     monkeypatch.setattr(infogan.Discriminator, "forward", forward)
     args = infogan.parse_args(["--out", "."])
-    infogan.measure(infogan.Discriminator(), data, torch.arange(2000), args, "cpu")
+    infogan.measure(infogan.Discriminator(), data, torch.arange(9), torch.arange(2000), args, "cpu")
     names, r = list(data.factors), shown[1]
     assert r.shape == (2, len(names))
     assert r[0, names.index("slant")] == pytest.approx(1, abs=1e-4)  # any falling curve is a rank correlation of 1
