@@ -233,7 +233,7 @@ def save_plots(out):
         for i, column in enumerate(columns.split() if log.size else []):
             axes.plot(log["step"], log[column], f"C{i}", alpha=0.25)
             axes.plot(log["step"][n - 1 :], np.convolve(log[column], np.ones(n) / n, "valid"), f"C{i}", label=column)
-            axes.legend()
+            axes.legend(), axes.locator_params("x", nbins=5)
         axes.set(title=title, xlabel="step (dark: running mean)", ylabel=ylabel, **more)
     figure.savefig(out / "losses.png", dpi=100)
 
