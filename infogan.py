@@ -308,8 +308,8 @@ def train(args, run):
     parts = {"G": G, "D": D, "G_ema": G_ema, "opt_g": opt_g, "opt_d": opt_d}
     if args.compile:
         G.compile(), D.compile()
-    c = draw_codes(max(512, 8 * sizes[0]), sizes, args.continuous)
-    c[: 8 * sizes[0], : sizes[0]] = torch.eye(sizes[0]).repeat_interleave(8, 0)  # in the grid a row a category
+    c = draw_codes(8 * sizes[0], sizes, args.continuous)
+    c[:, : sizes[0]] = torch.eye(sizes[0]).repeat_interleave(8, 0)  # in the grid a row a category
     step, z_fixed = 0, torch.cat([fixed_noise(len(c), args.latent_dim, args.seed), c], 1).to(device)
     shuffled, n = epoch_order(len(images), len(images), args.seed, 0)[0], len(images) // 10
     held_out, training = shuffled[: n or 1], shuffled[n:]  # indexes; of under 10 pictures all are trained on
@@ -333,7 +333,7 @@ def train(args, run):
             path.unlink()  # what is left of the run that is replaced
     (out / "samples").mkdir(parents=True, exist_ok=True)
     imageio.imwrite(out / "real.png", grid(images[:: len(images) // 64 or 1][:64].cpu()))
-    imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed[: 8 * sizes[0]])))
+    imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed)))
     error = run["cluster_error"] if run else measure(D, data, training, held_out, args, device)
     (out / "log.csv").write_text("\n".join(log) + "\n")  # without what a killed run logged after its checkpoint
     (out / "args.json").write_text(json.dumps(vars(args) | facts, indent=2) + "\n")
@@ -376,7 +376,7 @@ def train(args, run):
                 norm_g = nn.utils.clip_grad_norm_(G.parameters(), args.clip_grad_norm or math.inf)
             opt_g.step()
             G_ema.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema, (1 + step) / (10 + step)))  # short memory at first
-            G_ema.update_parameters(G)  # averages the parameters, copies the buffers; with --ema 0 it is G
+            G_ema.update_parameters(G)  # averages parameters, copies buffers: batch norm of its own is no better here
             # (3) log, sample, save
             if logging:
                 speed = (step - first) / (time.time() - started)  # steps a second
@@ -399,8 +399,7 @@ def train(args, run):
                     print(line, end="\r" if sys.stdout.isatty() and not stopping else "\n", flush=True)
             sampling = step % (args.sample_every or last_step) == 0 or (epoch == 0 and step & (step - 1) == 0)
             if sampling or epoch_ends or stopping:
-                update_bn(z_fixed.split(128), G_ema)  # the copied statistics of batch norm do not fit averaged weights
-                imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed[: 8 * sizes[0]])))
+                imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed)))
             if epoch_ends or stopping:
                 state = {"args": vars(args), "step": step, "epoch": epoch + epoch_ends}
                 rest = {name: part.state_dict() for name, part in parts.items()} | {"rng": torch.get_rng_state()}
