@@ -1634,6 +1634,14 @@ def test_cluster_error_and_its_table(tmp_path, monkeypatch):
     assert math.isnan(infogan.measure(confident(monkeypatch, table), data, *[torch.arange(9)] * 2, args, "cpu"))
 
 
+def test_infogans_average_copies_batch_norm_statistics(pictures):
+    run_on_pictures(infogan, pictures, "r", "--max-steps", 3)
+    state = checkpoint("r")
+    buffers = [key for key in state["G"] if "running" in key]
+    assert buffers
+    assert all(torch.equal(state["G_ema"][f"module.{key}"], state["G"][key]) for key in buffers)
+
+
 def test_q_meets_real_pictures_with_their_own_batch_norm_statistics(digits):
     data, D = common.load_data("digits", digits), infogan.Discriminator()
     D(torch.randn(64, 1, 28, 28))  # fakes
