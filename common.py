@@ -188,7 +188,7 @@ def download(urls, path, places, md5=None):
             if md5 in (None, hashlib.md5(content).hexdigest()):
                 return save_atomically(path, content)
             reasons.append(f"{url} has the wrong md5")
-        except (OSError, ValueError) as error:
+        except Exception as error:  # each way of breaking off raises its own kind
             reasons.append(f"{url} failed ({getattr(error, 'reason', error)})")
     reasons.append(f"put it into {path.parent}, name its folder with --data-dir, or use --dataset digits: built in.")
     raise Fault(f"no {path.name}, packed or not, in {', '.join(map(str, places))}; {'; '.join(reasons)}")
@@ -206,7 +206,7 @@ def load_idx(dataset, data_dir, img_size, background):
     """The 60,000 training images of MNIST or Fashion-MNIST, found on this machine or downloaded."""
     source = {"mnist": MNIST, "fashion": FashionMNIST}[dataset]
     folders = [data_dir / source.__name__ / "raw", data_dir / dataset, data_dir]  # the first is torchvision's
-    folders += Path("/usr/share/datasets").glob(f"*{dataset}*")
+    folders += Path("/usr/share/datasets").glob(f"{dataset}*")  # Debian's; not fashion-mnist for mnist
     arrays = []
     for name, md5 in source.resources[:2]:  # train images, train labels
         places = [folder / file for folder in folders for file in (name.removesuffix(".gz"), name)]
@@ -242,9 +242,9 @@ def load_pokemon(dataset, data_dir, img_size, background):
         with zipfile.ZipFile(path) as archive:
             names = [n for n in sorted(archive.namelist()) if "/pokemon-gen8/regular/" in n and n.endswith(".png")]
             sprites = [read_picture(archive.open(name), 68, background)[:, 2:-2, 2:-2] for name in names]
-    except zipfile.BadZipFile as error:
+        return Data(torch.stack(sprites))
+    except (zipfile.BadZipFile, RuntimeError) as error:  # no zip file; without sprites
         raise Fault(f"{path} is damaged: delete it, so that it is downloaded again.") from error
-    return Data(torch.stack(sprites))
 
 def read_picture(file, size, background):
     """RGB uint8 (3, size, size): padded if transparent, else cropped to its middle. Raises Fault, naming the file."""
@@ -253,7 +253,7 @@ def read_picture(file, size, background):
             picture = ImageOps.exif_transpose(picture)
             if picture.mode.startswith("I;16"):  # convert("RGB") alone would make nearly all of it white
                 picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-            if picture.has_transparency_data:
+            if picture.has_transparency_data and picture.convert("RGBA").getextrema()[3][0] < 255:  # not all opaque
                 canvas = Image.new("RGBA", picture.size, background)  # convert("RGB") alone shows hidden colours
                 picture = Image.alpha_composite(canvas, picture.convert("RGBA")).convert("RGB")
                 picture = ImageOps.pad(picture, (size, size), Image.Resampling.BICUBIC, background)

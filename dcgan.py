@@ -42,12 +42,12 @@ from common import save_gif, save_history, save_pictures, to_batch
 
 class Generator(nn.Sequential):
     """z (B, latent_dim) -> image (B, img_channels, img_size, img_size) in [-1, 1]; shapes below: default arguments.
-    hidden_channels: from the image inwards. Raises Fault if img_size cannot be halved once for each of them."""
+    hidden_channels: from the image inwards. Raises Misuse if img_size cannot be halved once for each of them."""
     def __init__(self, latent_dim=100, img_size=64, img_channels=3, hidden_channels=(128, 256, 512),
                  kernel_size=4, upsample="transpose", depth=1, init="dcgan"):  # fmt: skip
         factor = 2 ** len(hidden_channels)
         if img_size % factor:
-            raise Fault(f"--img-size {img_size} is no multiple of {factor}: fewer --hidden-channels need less.")
+            raise Misuse(f"--img-size {img_size} is no multiple of {factor}: fewer --hidden-channels need less.")
         *rest, channels = hidden_channels
         start = img_size // factor, img_size // factor, channels
         layers = [nn.Linear(latent_dim, math.prod(start), bias=False), nn.Unflatten(1, start)]  # (B, 8, 8, 512)
@@ -299,7 +299,7 @@ def train(args, run):
     def D_seen(x):  # (B, C, H, W) -> (B,); step is that of the loop below
         x = x + args.instance_noise * (1 - step / last_step) * torch.randn_like(x) if args.instance_noise else x
         return D(diffaugment(x) if args.diffaugment else x)
-    first, stop, started = step, [], time.time()
+    first, stop, started = step, [], time.perf_counter()
     ctrl_c = signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # one more step, then save
     try:
         for step in range(first + 1, last_step + 1):
@@ -341,7 +341,7 @@ def train(args, run):
             G_ema.update_parameters(G)  # averages the parameters, copies the buffers; with --ema 0 it is G
             # (3) log, sample, save
             if logging:
-                speed = (step - first) / (time.time() - started)  # steps a second
+                speed = (step - first) / (time.perf_counter() - started)  # steps a second
                 row = [loss_d, loss_g, logits_real.sigmoid().mean(), logits_fake.sigmoid().mean(), norm_d, norm_g]
                 row = torch.stack(row).tolist() + [speed * batch_size * args.d_steps]
                 for name, value in zip(log[0].split(",")[2:], row, strict=True):

@@ -44,11 +44,11 @@ from common import save_gif, save_history, save_pictures, to_batch
 
 class Generator(nn.Sequential):
     """z and c (B, inputs) -> image (B, img_channels, img_size, img_size) in [-1, 1]; shapes below: default arguments.
-    hidden_channels: from the image inwards. Raises Fault if img_size cannot be halved once for each of them."""
+    hidden_channels: from the image inwards. Raises Misuse if img_size cannot be halved once for each of them."""
     def __init__(self, inputs=28, img_size=28, img_channels=1, hidden_channels=(16, 32), hidden=512):
         factor = 2 ** len(hidden_channels)
         if img_size % factor:
-            raise Fault(f"--img-size {img_size} is no multiple of {factor}: fewer --hidden-channels need less.")
+            raise Misuse(f"--img-size {img_size} is no multiple of {factor}: fewer --hidden-channels need less.")
         *rest, channels = hidden_channels
         start = img_size // factor, img_size // factor, channels
         layers = [nn.Linear(inputs, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(True)]  # (B, 512)
@@ -109,7 +109,8 @@ def draw_codes(n, sizes, continuous, device="cpu"):
 def augment(x, strength):
     """x (B, C, H, W), each picture scaled, slanted, turned and shifted at random."""
     maps = torch.eye(2, 3, device=x.device) + strength * (2 * torch.rand(len(x), 2, 3, device=x.device) - 1)
-    return grid_sample(x.float(), affine_grid(maps, x.shape, False), padding_mode="border", align_corners=False)
+    with torch.autocast(x.device.type, enabled=False):  # bfloat16 would round places in the picture
+        return grid_sample(x.float(), affine_grid(maps, x.shape, False), padding_mode="border", align_corners=False)
 
 def best_matching(table):
     """How many pictures of table (categories, labels), a list of lists, fit the best one-to-one matching, and the label
@@ -244,15 +245,14 @@ def measure(D, data, training, held_out, args, device):
 def save_traversals(G, args, device):
     """traversal.png: a block for each code; traversal.gif: each continuous code to and fro. A category is a row."""
     noise, blocks, frames = fixed_noise(9, args.latent_dim, args.seed), {}, []
-    def block(k, z, values):  # a category of code k a row; by column z (9 or 1, latent_dim) and values (9 or 1, C)
+    def block(k, z, values):  # a category of code k a row; by column z (9 or 1, latent_dim) and values (9, C) or (C,)
         category = torch.arange(args.categorical[k])[:, None].expand(-1, 9)  # (categories, 9)
         codes = [one_hot(category * (i == k), size) for i, size in enumerate(args.categorical)]  # others: the first
         inputs = [part.expand(*category.shape, -1) for part in (z, *codes, values)]
         return grid(sample(G, torch.cat(inputs, 2).flatten(0, 1).to(device)), 9)
     for k in range(len(args.categorical)):
-        blocks[f"categorical code {k + 1}: a row each, z by column"] = block(k, noise, torch.zeros(1, args.continuous))
-    for j in range(args.continuous):
-        unit = torch.eye(args.continuous)[[j]]  # (1, C)
+        blocks[f"categorical code {k + 1}: a row each, z by column"] = block(k, noise, torch.zeros(args.continuous))
+    for j, unit in enumerate(torch.eye(args.continuous)):  # (C,)
         sweep = torch.linspace(-2, 2, 9)[:, None] * unit  # (9, C)
         blocks[f"continuous code {j + 1}: -2 to 2 (trained: -1 to 1)"] = block(0, noise[:1], sweep)
         frames += [block(0, noise, 2 * angle.sin() * unit) for angle in torch.arange(0, 2 * math.pi, math.pi / 12)]
@@ -338,7 +338,7 @@ def train(args, run):
     (out / "log.csv").write_text("\n".join(log) + "\n")  # without what a killed run logged after its checkpoint
     (out / "args.json").write_text(json.dumps(vars(args) | facts, indent=2) + "\n")
     print(f"{len(images):,} pictures {tuple(images.shape[1:])}, parameters {counts}, {facts['on']}, {out}", flush=True)
-    first, stop, started = step, [], time.time()
+    first, stop, started = step, [], time.perf_counter()
     ctrl_c = signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # one more step, then save
     try:
         for step in range(first + 1, last_step + 1):
@@ -379,7 +379,7 @@ def train(args, run):
             G_ema.update_parameters(G)  # averages parameters, copies buffers: batch norm of its own is no better here
             # (3) log, sample, save
             if logging:
-                speed = (step - first) / (time.time() - started)  # steps a second
+                speed = (step - first) / (time.perf_counter() - started)  # steps a second
                 row = [loss_d, loss_g, logits_real.sigmoid().mean(), logits_fake.sigmoid().mean(), norm_d, norm_g]
                 right = guesses[:, : sizes[0]].argmax(1) == c[:, : sizes[0]].argmax(1)
                 row = torch.stack([*row, info_cat, info_cont, right.float().mean()]).tolist()

@@ -214,7 +214,7 @@ def train(args, run):
     (out / "log.csv").write_text("\n".join(log) + "\n")  # without what a killed run logged after its checkpoint
     (out / "args.json").write_text(json.dumps(vars(args) | facts, indent=2) + "\n")
     print(f"{len(images):,} pictures {tuple(images.shape[1:])}, parameters {counts}, {facts['on']}, {out}", flush=True)
-    first, stop, started = step, [], time.time()
+    first, stop, started = step, [], time.perf_counter()
     ctrl_c = signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # one more step, then save
     try:
         for step in range(first + 1, last_step + 1):
@@ -252,7 +252,7 @@ def train(args, run):
             G_ema.update_parameters(G)  # averages the parameters, copies the buffers; with --ema 0 it is G
             # (3) log, sample, save
             if logging:
-                speed = (step - first) / (time.time() - started)  # steps a second
+                speed = (step - first) / (time.perf_counter() - started)  # steps a second
                 row = [loss_d, loss_g, logits_real.sigmoid().mean(), logits_fake.sigmoid().mean(), norm_d, norm_g]
                 row = torch.stack([*row, (logits_real > 0).float().mean(), (logits_fake < 0).float().mean()]).tolist()
                 row.insert(6, speed * batch_size * args.d_steps)

@@ -5,6 +5,7 @@ import ast
 import contextlib
 import csv
 import gzip
+import http.client
 import importlib
 import itertools
 import json
@@ -775,7 +776,7 @@ def test_dcgan_refuses_sizes_that_it_cannot_make(size, hidden):
 
 
 def test_dcgan_image_size_fault_from_the_command_line(digits, capsys):
-    assert "--img-size" in refusal(capsys, run(dcgan, "--data-dir", digits, "--img-size", 30))
+    assert "--img-size" in refusal(capsys, run(dcgan, "--data-dir", digits, "--img-size", 30), [2])
 
 
 def test_dcgan_initial_weights_are_those_of_the_paper():
@@ -1181,7 +1182,7 @@ def test_dcgan_gives_in_to_a_full_disk_in_one_sentence(pictures, capsys):
 def test_overwrite_keeps_the_old_run_until_the_new_one_can_start(pictures, capsys):
     run_on_pictures(dcgan, pictures, "r", "--epochs", 1)
     assert run_on_pictures(dcgan, pictures, "r", "--overwrite", "--classes", 3) == 2
-    assert run_on_pictures(dcgan, pictures, "r", "--overwrite", "--img-size", 9) == 1
+    assert run_on_pictures(dcgan, pictures, "r", "--overwrite", "--img-size", 9) == 2
     assert checkpoint("r")["step"] == 3
     assert Path("r/samples/000003.png").exists()
 
@@ -1320,7 +1321,7 @@ def test_depth_is_of_the_conv_networks_alone(pictures):
         assert wgan_gp.main([*flags, "--arch", "resnet", "--depth", depth]) == 0
     one, two = (checkpoint(depth)["args"] for depth in "12")
     assert one["hidden_channels"] == two["hidden_channels"]
-    assert two["depth"] == 1
+    assert wgan_gp.main([*flags, "--arch", "resnet", "--depth", "2", "--resume", "--max-steps", "2"]) == 0
 
 
 def test_the_defaults_of_the_critic_follow_the_constraint():
@@ -1585,6 +1586,8 @@ def test_augment_is_random_for_each_picture_and_differentiable():
     torch.manual_seed(0)
     x = torch.rand(1, 2, 12, 12).expand(8, 2, 12, 12).clone().requires_grad_()
     assert torch.allclose(infogan.augment(x, 0), x, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.allclose(infogan.augment(x, 0), x, atol=1e-5)
     y = infogan.augment(x, 0.25)
     assert y.shape == x.shape
     assert len({round(value, 5) for value in y.flatten(1).sum(1).tolist()}) == 8
@@ -1819,12 +1822,15 @@ def test_a_download_tries_each_mirror_and_checks_the_md5(tmp_path, monkeypatch):
         asked.append(url)
         if url == "https://a":
             raise OSError("no route")
+        if url == "https://broken":
+            raise http.client.IncompleteRead(b"half")  # no OSError
         return Answer({"https://b": b"wrong", "https://c": b"right"}[url])
 
     monkeypatch.setattr(common.urllib.request, "urlopen", urlopen)
     md5 = "7c4f29407893c334a6cb7a87bf045c0d"  # of b"right"
-    common.download(["https://a", "https://b", "https://c"], tmp_path / "new" / "file", [], md5)
-    assert asked == ["https://a", "https://b", "https://c"]
+    urls = ["https://a", "https://broken", "https://b", "https://c"]
+    common.download(urls, tmp_path / "new" / "file", [], md5)
+    assert asked == urls
     assert (tmp_path / "new" / "file").read_bytes() == b"right"
     with pytest.raises(common.Fault, match="no route.*wrong md5"):
         common.download(["https://a", "https://b"], tmp_path / "other", [], md5)
@@ -1849,6 +1855,18 @@ def test_without_data_and_network_the_message_says_what_to_do(tmp_path, monkeypa
         "amazonaws.com",
     ):
         assert words in said
+
+
+def test_fashion_mnist_of_debian_is_not_taken_for_mnist(tmp_path, monkeypatch):
+    (tmp_path / "fashion-mnist").mkdir()
+    monkeypatch.setattr(common, "Path", lambda path: Path(str(path).replace("/usr/share/datasets", str(tmp_path))))
+    asked = []
+    monkeypatch.setattr(common, "download", lambda urls, path, places, md5: asked.append(places))
+    monkeypatch.setattr(common, "read_idx", lambda path: torch.zeros(2, 2, 2) if "images" in path.name else torch.ones(2))
+    for dataset, found in (("mnist", False), ("fashion", True)):
+        asked.clear()
+        common.load_data(dataset, tmp_path / "data")
+        assert (tmp_path / "fashion-mnist" in asked[0]) == found
 
 
 def mixed_pictures(folder):
@@ -1887,9 +1905,10 @@ def test_folder_reads_mixed_pictures_and_trains_on_them(tmp_path, nested):
     assert run(dcgan, *flags, "--out", "r") == 0
 
 
-def test_folder_pads_what_is_transparent_and_crops_what_is_not(tmp_path):
-    wide = Image.new("RGB", (30, 10), (0, 0, 0))
-    wide.paste((255, 255, 255), (10, 0, 20, 10))
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])  # screenshots are often RGBA, and all opaque
+def test_folder_pads_what_is_transparent_and_crops_what_is_not(tmp_path, mode):
+    wide = Image.new(mode, (30, 10), "black")
+    wide.paste("white", (10, 0, 20, 10))
     wide.save(tmp_path / "a.png")
     sprite = Image.new("RGBA", (30, 10), (0, 0, 0, 255))
     sprite.putpixel((0, 0), (0, 0, 0, 0))
@@ -1989,6 +2008,8 @@ def test_pokemon_reads_regular_sprites_on_the_background(tmp_path, capsys):
     assert (images[0][:, ~black] == torch.tensor([[0], [255], [0]])).all()
     (path,) = tmp_path.glob("*.zip")
     path.write_bytes(path.read_bytes()[:100])
+    assert "pokesprite" in refusal(capsys, run(dcgan, "--dataset", "pokemon", "--data-dir", tmp_path), [1])
+    zipfile.ZipFile(path, "w").close()  # without sprites
     assert "pokesprite" in refusal(capsys, run(dcgan, "--dataset", "pokemon", "--data-dir", tmp_path), [1])
 
 

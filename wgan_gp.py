@@ -67,11 +67,11 @@ class ResBlock(nn.Module):
 
 class Generator(nn.Sequential):
     """z (B, latent_dim) -> image (B, img_channels, img_size, img_size) in [-1, 1]; shapes below: default arguments.
-    hidden_channels: from the image inwards. Raises Fault if img_size cannot be halved once for each of them."""
+    hidden_channels: from the image inwards. Raises Misuse if img_size cannot be halved once for each of them."""
     def __init__(self, latent_dim=100, img_size=28, img_channels=1, hidden_channels=(64, 128), depth=1, arch="conv"):
         factor = 2 ** len(hidden_channels)
         if img_size % factor:
-            raise Fault(f"--img-size {img_size} is no multiple of {factor}: fewer --hidden-channels need less.")
+            raise Misuse(f"--img-size {img_size} is no multiple of {factor}: fewer --hidden-channels need less.")
         *widths, channels = (img_channels if arch == "conv" else hidden_channels[0]), *hidden_channels
         start = img_size // factor, img_size // factor, channels
         layers = [nn.Linear(latent_dim, math.prod(start), bias=False), nn.Unflatten(1, start)]  # (B, 7, 7, 128)
@@ -250,9 +250,9 @@ def train(args, run):
     if run and images.shape[:2] != (args.num_images, args.img_channels):
         raise Fault(f"{out} was trained on {args.num_images} pictures of {args.img_channels} channels, not these.")
     args.num_images, args.img_channels, args.img_size, _ = images.shape  # for build() and the checkpoint
-    args.depth = (args.depth or (2 if args.img_size < 64 else 1)) if args.arch == "conv" else 1
-    width, powers = max(1, 32 // args.depth), range(max(1, round(math.log2(args.img_size / 8))))  # for a laptop
-    args.hidden_channels = args.hidden_channels or [width << n for n in powers]
+    args.depth = args.depth or (2 if args.arch == "conv" and args.img_size < 64 else 1)
+    width, powers = 32 // args.depth if args.arch == "conv" else 32, range(max(1, round(math.log2(args.img_size / 8))))
+    args.hidden_channels = args.hidden_channels or [max(1, width << n) for n in powers]  # for a laptop
     torch.manual_seed(args.seed + run["step"] if run else args.seed)  # on a GPU a resumed run draws new noise
     G, D = (network.to(device, memory_format=torch.channels_last) for network in build(args))
     G_ema = AveragedModel(G)
@@ -288,7 +288,7 @@ def train(args, run):
     (out / "log.csv").write_text("\n".join(log) + "\n")  # without what a killed run logged after its checkpoint
     (out / "args.json").write_text(json.dumps(vars(args) | facts, indent=2) + "\n")
     print(f"{len(images):,} pictures {tuple(images.shape[1:])}, parameters {counts}, {facts['on']}, {out}", flush=True)
-    first, stop, started = step, [], time.time()
+    first, stop, started = step, [], time.perf_counter()
     ctrl_c = signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # one more step, then save
     try:
         for step in range(first + 1, last_step + 1):
@@ -328,7 +328,7 @@ def train(args, run):
             G_ema.update_parameters(G)  # averages the parameters, copies the buffers; with --ema 0 it is G
             # (3) log, sample, save
             if logging:  # D after its last update; loss_d and norm_d are from before it
-                speed = (step - first) / (time.time() - started)  # steps a second
+                speed = (step - first) / (time.perf_counter() - started)  # steps a second
                 D.eval()  # spectral norm improves its estimate at each call in training mode
                 with torch.random.fork_rng(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     slope = slopes(D, x_real, x_fake).detach()  # (B,)
