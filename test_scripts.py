@@ -1448,6 +1448,23 @@ def test_wgan_compiles_the_critic_only_where_it_is_not_differentiated_twice(pict
         wrapped.clear()
 
 
+def test_the_slope_that_is_logged_does_not_go_through_the_compiled_critic(pictures, monkeypatch):
+    def compiled(x):
+        raise RuntimeError("compiled code cannot be differentiated twice")
+
+    def measured(critic, x_real, x_fake):
+        monkeypatch.setattr(wgan_gp.Critic, "_compiled_call_impl", compiled)
+        try:
+            return slopes(critic, x_real, x_fake)
+        finally:
+            monkeypatch.setattr(wgan_gp.Critic, "_compiled_call_impl", None)
+
+    slopes = wgan_gp.slopes
+    monkeypatch.setattr(wgan_gp, "slopes", measured)
+    monkeypatch.setattr(nn.Module, "compile", lambda self: None)
+    assert run_on_pictures(wgan_gp, pictures, "r", "--max-steps", 1, "--compile", "--lipschitz", "clip") == 0
+
+
 def test_the_penalty_in_bf16_is_that_of_fp32():
     torch.manual_seed(0)
     critic = wgan_gp.Critic(28, 1, [16, 32], 2).to(memory_format=torch.channels_last)
@@ -1862,7 +1879,7 @@ def test_fashion_mnist_of_debian_is_not_taken_for_mnist(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "Path", lambda path: Path(str(path).replace("/usr/share/datasets", str(tmp_path))))
     asked = []
     monkeypatch.setattr(common, "download", lambda urls, path, places, md5: asked.append(places))
-    monkeypatch.setattr(common, "read_idx", lambda path: torch.zeros(2, 2, 2) if "images" in path.name else torch.ones(2))
+    monkeypatch.setattr(common, "read_idx", lambda path: torch.zeros(2, *[2, 2] * ("images" in path.name)))
     for dataset, found in (("mnist", False), ("fashion", True)):
         asked.clear()
         common.load_data(dataset, tmp_path / "data")
