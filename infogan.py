@@ -211,8 +211,8 @@ def build(args):
 
 @torch.no_grad()
 def measure(D, data, training, held_out, args, device):
-    """The error of the first categorical code as a classifier of the pictures at held_out; nan without labels or with
-    over 16. Draws factors.png: which label is in which category, and which continuous code follows which factor."""
+    """The error of the first categorical code as a classifier of the pictures at held_out; nan without labels, or if
+    these or its categories are over 16. Draws factors.png: labels by category, which numbers follow which factor."""
     size, n_codes = args.categorical[0], args.continuous
     n = max(size, data.labels.max().item() + 1) if data.labels is not None else math.inf
     if n > 16:  # there are 2^n sets of labels
@@ -224,7 +224,7 @@ def measure(D, data, training, held_out, args, device):
     table = torch.bincount(guesses[:, :size].argmax(1) * n + data.labels[held_out], minlength=n * n).view(n, n)
     fit, labels = best_matching(table.tolist())
     error, shares = 1 - fit / len(held_out), (table / table.sum(0).clamp(min=1))[:size].numpy()
-    rows = [f"category {k}: {label}" for k, label in enumerate(labels[:size])]
+    rows = [f"category {k}: {label if table[:, label].any() else '-'}" for k, label in enumerate(labels[:size])]
     panels = [(f"Share of each label (columns) in each category: error {error:.1%}", shares, rows, range(n))]
     if data.factors and n_codes:
         means = guesses[:, sum(args.categorical) :].T[:n_codes]  # (C, N)

@@ -1654,6 +1654,15 @@ def test_cluster_error_and_its_table(tmp_path, monkeypatch):
     assert math.isnan(infogan.measure(confident(monkeypatch, table), data, *[torch.arange(9)] * 2, args, "cpu"))
 
 
+def test_a_category_beyond_the_labels_is_not_called_a_label(tmp_path, monkeypatch):
+    labels, rows = torch.arange(10).repeat(20), []
+    data = common.Data(labels.byte().view(-1, 1, 1, 1).expand(-1, 1, 28, 28), labels)
+    monkeypatch.setattr("matplotlib.axes.Axes.set_yticklabels", lambda self, labels, **kwargs: rows.extend(labels))
+    args = infogan.parse_args(["--out", str(tmp_path), "--categorical", "12"])
+    infogan.measure(confident(monkeypatch, torch.arange(10)), data, *[torch.arange(200)] * 2, args, "cpu")
+    assert rows == [*(f"category {k}: {k}" for k in range(10)), "category 10: -", "category 11: -"]
+
+
 def test_infogans_average_copies_batch_norm_statistics(pictures):
     run_on_pictures(infogan, pictures, "r", "--max-steps", 3)
     state = checkpoint("r")
