@@ -19,7 +19,7 @@ trained on, by their labels and by the factors that `digits` were rendered from:
 Where this differs from the paper: Q learns categories from fakes that are slanted, scaled and shifted at random, so
 that no slant or size becomes one (--augment 0: off); G is rewarded for undistorted ones. z has 16 numbers, not 62. The
 weight of L is 1, for the numbers 0.3 (the paper: 1, or less with numbers). D's rate is 5e-4 (2e-4); widths 16, 32 and
-512 (64, 128 and 1024); batches of 64 (128); slopes of 0.2 (0.1). z is normal; samples from an average of G's weights.
+512 (64, 128 and 1024); batches of 64 (128); slopes of 0.2 (0.1). z is normal; averaged weights are sampled, measured.
 Q's variance of the numbers is 1, so that L is at most -0.226 for each of them (--continuous-variance learned: free).
 """
 import argparse
@@ -162,7 +162,7 @@ def parse_args(argv=None, known=None):
     adam("--adam-eps", type=share, default=1e-8, help="Adam's epsilon (%(default)s)")
     adam("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: down to 0 at the last step")
     adam("--clip-grad-norm", type=amount, help="scale the gradients of a network down to this L2 norm (off)")
-    adam("--ema", type=share, default=0.999, help="decay of the average of G that samples come from; 0: G (0.999)")
+    adam("--ema", type=share, default=0.999, help="decay of the averages of G and D that are sampled, measured (0.999)")
     info("--categorical", type=number(int, 2), nargs="+", default=[10], help="categories of each categorical code (10)")
     info("--continuous", type=number(int, 0), default=2, help="how many continuous codes (%(default)s)")
     info("--continuous-variance", choices=["fixed", "learned"], default="fixed", help="Q's: 1, or learned (fixed)")
@@ -302,10 +302,10 @@ def train(args, run):
     args.hidden_channels = args.hidden_channels or [width << n for n in powers]  # narrow, for a laptop
     torch.manual_seed(args.seed + run["step"] if run else args.seed)  # on a GPU a resumed run draws new noise
     G, D = (network.to(device, memory_format=torch.channels_last) for network in build(args))
-    G_ema = AveragedModel(G)
+    G_ema, D_ema = AveragedModel(G), AveragedModel(D)  # for samples; to measure what the codes mean
     opt_g = torch.optim.Adam(G.parameters(), args.lr_g, args.betas, args.adam_eps, fused=True)
     opt_d = torch.optim.Adam(D.parameters(), args.lr_d, args.betas, args.adam_eps, fused=True)
-    parts = {"G": G, "D": D, "G_ema": G_ema, "opt_g": opt_g, "opt_d": opt_d}
+    parts = {"G": G, "D": D, "G_ema": G_ema, "D_ema": D_ema, "opt_g": opt_g, "opt_d": opt_d}
     if args.compile:
         G.compile(), D.compile()
     c = draw_codes(8 * sizes[0], sizes, args.continuous)
@@ -334,7 +334,7 @@ def train(args, run):
     (out / "samples").mkdir(parents=True, exist_ok=True)
     imageio.imwrite(out / "real.png", grid(images[:: len(images) // 64 or 1][:64].cpu()))
     imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed)))
-    error = run["cluster_error"] if run else measure(D, data, training, held_out, args, device)
+    error = run["cluster_error"] if run else measure(D_ema, data, training, held_out, args, device)
     (out / "log.csv").write_text("\n".join(log) + "\n")  # without what a killed run logged after its checkpoint
     (out / "args.json").write_text(json.dumps(vars(args) | facts, indent=2) + "\n")
     print(f"{len(images):,} pictures {tuple(images.shape[1:])}, parameters {counts}, {facts['on']}, {out}", flush=True)
@@ -375,8 +375,8 @@ def train(args, run):
             if logging or args.clip_grad_norm:
                 norm_g = nn.utils.clip_grad_norm_(G.parameters(), args.clip_grad_norm or math.inf)
             opt_g.step()
-            G_ema.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema, (1 + step) / (10 + step)))  # short memory at first
-            G_ema.update_parameters(G)  # averages parameters, copies buffers: batch norm of its own is no better here
+            G_ema.multi_avg_fn = D_ema.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema, (1 + step) / (10 + step)))
+            G_ema.update_parameters(G), D_ema.update_parameters(D)  # averages parameters, copies buffers
             # (3) log, sample, save
             if logging:
                 speed = (step - first) / (time.perf_counter() - started)  # steps a second
@@ -385,7 +385,7 @@ def train(args, run):
                 row = torch.stack([*row, info_cat, info_cont, right.float().mean()]).tolist()
                 row.insert(6, speed * batch_size)
                 if epoch_ends and step % 100 < steps_per_epoch:  # after an epoch, or about once in 100 steps
-                    error = measure(D, data, training, held_out, args, device)
+                    error = measure(D_ema, data, training, held_out, args, device)
                 for name, value in zip(log[0].split(",")[2:], row, strict=False):  # without cluster_error
                     if not math.isfinite(value):
                         raise Fault(f"{name} is {value} at step {step}; the last checkpoint is kept. Try a lower rate.")
@@ -415,7 +415,7 @@ def train(args, run):
         save_plots(out)
         save_history(out)
         save_traversals(G_ema, args, device)
-        measure(D, data, training, held_out, args, device)
+        measure(D_ema, data, training, held_out, args, device)
     print(f"Step {step} of {max(step, last_step)}. Look at {out}/samples.gif, traversal.png and losses.png.")
 
 def main(argv=None):

@@ -1671,6 +1671,19 @@ def test_infogans_average_copies_batch_norm_statistics(pictures):
     assert all(torch.equal(state["G_ema"][f"module.{key}"], state["G"][key]) for key in buffers)
 
 
+def test_what_codes_mean_is_measured_with_an_average_of_d(pictures, monkeypatch):
+    measured, steps = [], []
+    monkeypatch.setattr(infogan, "measure", lambda D, *_: measured.append(D.module.guess[0].weight.clone()) or 0.0)
+    for n in (1, 2):
+        run_on_pictures(infogan, pictures, f"r{n}", "--max-steps", n)
+        steps.append(checkpoint(f"r{n}"))
+    one, two = (step["D"]["guess.0.weight"] for step in steps)
+    mean = 3 / 12 * one + 9 / 12 * two  # (1 + step) / (10 + step)
+    assert not torch.allclose(mean, two, atol=1e-5)
+    assert torch.allclose(measured[-1], mean, atol=1e-7)
+    assert torch.equal(measured[-1], steps[1]["D_ema"]["module.guess.0.weight"])
+
+
 def test_q_meets_real_pictures_with_their_own_batch_norm_statistics(digits):
     data, D = common.load_data("digits", digits), infogan.Discriminator()
     D(torch.randn(64, 1, 28, 28))  # fakes
