@@ -20,8 +20,7 @@ Where this differs from the paper: Q learns categories from fakes that are slant
 that no slant or size becomes one (--augment 0: off); G is rewarded for undistorted ones. z has 16 numbers, not 62. The
 weight of L is 1, for the numbers 0.3 (the paper: 1, or less with numbers). D's rate is 5e-4 (2e-4); widths 16, 32 and
 512 (64, 128 and 1024); batches of 64 (128); slopes of 0.2 (0.1). z is normal; averaged weights are sampled, measured.
-Q's variance of the numbers is 1, so that L is at most -0.226 for each of them (--continuous-variance learned: free).
-"""
+Q's variance of the numbers is 1, so that L is at most -0.226 for each of them (--continuous-variance learned: free)."""
 import argparse
 import json
 import math
