@@ -1,26 +1,26 @@
 r"""InfoGAN, of Chen et al. 2016, arXiv 1606.03657: codes that come to mean something, without labels.
 
-G gets noise z and a code c: a category of ten, and two numbers. A third network Q, which is D but for the last layers,
-guesses c from the picture. G is rewarded if Q guesses right, so that c has to show in the picture: the category as the
-digit, the numbers as slant or width. The reward is a lower bound L of the mutual information I: for any Q, as KL >= 0,
+G gets noise z and a code c: one of ten categories, and two numbers. A third network Q, which is D with last layers of
+its own, guesses c from the fake x. G is rewarded if Q guesses right, so that c has to show in x: the category as the
+digit, the numbers as slant or width. The reward L is a lower bound of the mutual information I, as KL(P || Q) >= 0:
 
-    I(c; G(z, c)) = H(c) - H(c|x) = H(c) + E log P(c|x) >= H(c) + E log Q(c|x) = L
+    I(c; x) = H(c) - H(c|x) = H(c) + E log P(c|x) >= H(c) + E log Q(c|x) = L    for x = G(z, c), P the true posterior
 
-    D and Q maximise  log D(x) + log(1 - D(G(z, c))) + weight L
-    G maximises       log D(G(z, c)) + weight L
+    D and Q maximise  log D(x_real) + log(1 - D(G(z, c))) + weight * L
+    G maximises       log D(G(z, c)) + weight * L
 
 For ten categories, guessed perfectly, L is ln 10 = 2.303 nats. loss_d and loss_g in the log are those of the GAN alone.
 
     python infogan.py                           # the built-in digits, no download
     python infogan.py --dataset mnist --epochs 20
 
-What changes from dcgan.py: codes, Q, L; and what the codes mean is measured, on a tenth of the pictures that is not
-trained on, by their labels and by the factors that `digits` were rendered from: cluster_error in the log, factors.png.
-Where this differs from the paper: Q learns categories from fakes that are slanted, scaled and shifted at random, so
-that no slant or size becomes one (--augment 0: off); G is rewarded for undistorted ones. z has 16 numbers, not 62. The
-weight of L is 1, for the numbers 0.3 (the paper: 1, or less with numbers). D's rate is 5e-4 (2e-4); widths 16, 32 and
-512 (64, 128 and 1024); batches of 64 (128); slopes of 0.2 (0.1). z is normal; averaged weights are sampled, measured.
-Q's variance of the numbers is 1, so that L is at most -0.226 for each of them (--continuous-variance learned: free)."""
+What changes from dcgan.py: codes, Q, L; and a test of what the codes mean, on a tenth of the pictures, not trained on:
+by their labels (cluster_error in the log) and by the factors that `digits` were rendered from; both in factors.png.
+Where this differs from the paper (in brackets: its values): Q learns categories from fakes slanted, scaled and shifted
+at random, so that no category is a slant or a size (--augment 0: off); numbers, and G's reward, are of plain fakes.
+z is normal, of 16 numbers (62). The weight of L is 1, for numbers 0.3 (1, or less). D's rate is 5e-4 (2e-4); widths 16,
+32, 512 (64, 128, 1024); batches of 64 (128); slopes 0.2 (0.1). Samples and the test are of averaged weights. Q takes
+the variance of a number as 1: L <= ln 2 - ln(2 pi) / 2 = -0.226 for each (--continuous-variance learned: free)."""
 import argparse
 import json
 import math
@@ -71,7 +71,7 @@ class Discriminator(nn.Module):
             channels, img_size = width, img_size // 2
         layers += [Permute([0, 2, 3, 1]), nn.Flatten()]  # (B, 7 * 7 * 32), as in memory
         layers += [nn.Linear(img_size**2 * channels, hidden), nn.BatchNorm1d(hidden), nn.LeakyReLU(0.2, True)]
-        self.trunk, self.classify = nn.Sequential(*layers), nn.Linear(hidden, 1)  # shared by D and Q, (B, 512); D's own
+        self.trunk, self.classify = nn.Sequential(*layers), nn.Linear(hidden, 1)  # trunk: D and Q; classify: D
         layers = [nn.Linear(hidden, 128), nn.BatchNorm1d(128), nn.LeakyReLU(0.2, True), nn.Linear(128, guesses)]
         self.guess = nn.Sequential(*layers)  # Q's own
 
@@ -88,13 +88,13 @@ def generator_loss(logits_fake):
     return softplus(-logits_fake).mean()
 
 def categorical_bound(guesses, c, sizes):
-    """H(c) + E log Q(c|x) in nats, guesses (B, guesses), c (B, codes): of the one-hot codes of these sizes, summed."""
+    """H(c) + E log Q(c|x) in nats, summed over the one-hot codes of these sizes; guesses (B, guesses), c (B, codes)."""
     n = sum(sizes)
     pairs = zip(guesses[:, :n].split(sizes, 1), c[:, :n].split(sizes, 1), strict=True)  # each (B, size)
     return sum(math.log(code.shape[1]) - cross_entropy(logits, code) for logits, code in pairs)
 
 def continuous_bound(guesses, c, sizes, variance):
-    """The same of the codes that follow, uniform in [-1, 1], summed; Q is normal, its variance "learned" or 1."""
+    """The same for the numbers after them, uniform in [-1, 1]: H = log 2; Q is normal, of variance 1 or "learned"."""
     mean, log_variance = guesses[:, sum(sizes) :].chunk(2, 1)  # (B, C) each
     log_variance = log_variance if variance == "learned" else torch.zeros_like(mean)
     log_q = -((c[:, sum(sizes) :] - mean) ** 2 / log_variance.exp() + log_variance + math.log(2 * math.pi)) / 2
@@ -117,7 +117,7 @@ def best_matching(table):
     best = [(0, ())]  # ways to label the categories so far: the pictures that fit, and the labels
     for row in table:
         ways = [(fit + n, (*labels, k)) for fit, labels in best for k, n in enumerate(row) if k not in labels]
-        best = {frozenset(labels): (fit, labels) for fit, labels in sorted(ways)}.values()  # the last, best
+        best = {frozenset(labels): (fit, labels) for fit, labels in sorted(ways)}.values()  # of a set the last, best
     return max(best)
 
 def number(kind, low, high=math.inf):  # a type for argparse: an int or a float from low to high
@@ -145,7 +145,7 @@ def parse_args(argv=None, known=None):
     run("--resume", action="store_true", help="go on with the run that is in the folder, by its flags, to --epochs")
     run("--sample", type=count, metavar="N", help="train nothing: write N pictures with the folder's checkpoint")
     run("--log-every", type=count, default=50, help="steps from one row of log.csv to the next (%(default)s)")
-    run("--sample-every", type=count, help="a sample grid also each so many steps (each epoch; first: 1, 2, 4, ...)")
+    run("--sample-every", type=count, help="steps from one more sample grid to the next (none; epoch 1: 1, 2, 4, ...)")
     run("--snapshot-every", type=count, help="epochs from one copy of G in generators/ to the next (none)")
     data("--dataset", choices=list(DATASETS), default="digits", help="folder: your own pictures (%(default)s)")
     data("--data-dir", default="data", help="where the data is, or is downloaded to (%(default)s)")
@@ -192,7 +192,7 @@ def open_run(args, argv):
     try:
         run = {} if ZipFile(path).testzip() else torch.load(path, map_location="cpu", weights_only=True)  # {}: damaged
         flags = run["args"] | {"out": args.out, "max_steps": None}
-        vars(args).update(vars(parse_args(argv, argparse.Namespace(**flags))))
+        vars(args).update(vars(parse_args(argv, argparse.Namespace(**flags))))  # argv again: it wins over flags
         for name, network in zip("GD", build(argparse.Namespace(**flags)), strict=True):
             network.load_state_dict(run[name])  # only to see if they fit
     except Exception as error:  # torch.load raises many kinds for a file that is not a checkpoint
@@ -210,18 +210,18 @@ def build(args):
 
 @torch.no_grad()
 def measure(D, data, training, held_out, args, device):
-    """The error of the first categorical code as a classifier of the pictures at held_out; nan without labels, or if
-    these or its categories are over 16. Draws factors.png: labels by category, which numbers follow which factor."""
+    """The error of Q's guess of the first categorical code as a classifier of pictures at held_out, matched on them.
+    Draws factors.png. Without labels, or with over 16 labels or categories, returns nan and draws nothing."""
     size, n_codes = args.categorical[0], args.continuous
     n = max(size, data.labels.max().item() + 1) if data.labels is not None else math.inf
     if n > 16:  # there are 2^n sets of labels
         return math.nan
-    update_bn([to_batch(data.images, training[:512], device)], D)  # batch norm's statistics: now of real pictures alone
+    update_bn([to_batch(data.images, training[:512], device)], D)  # no more statistics of fakes in batch norm
     D.eval()
     guesses = torch.cat([D(to_batch(data.images, index, device))[1].cpu() for index in held_out.split(500)])
     D.train()
     table = torch.bincount(guesses[:, :size].argmax(1) * n + data.labels[held_out], minlength=n * n).view(n, n)
-    fit, labels = best_matching(table.tolist())
+    fit, labels = best_matching(table.tolist())  # categories by labels, padded to a square
     error, shares = 1 - fit / len(held_out), (table / table.sum(0).clamp(min=1))[:size].numpy()
     rows = [f"category {k}: {label if table[:, label].any() else '-'}" for k, label in enumerate(labels[:size])]
     panels = [(f"Share of each label (columns) in each category: error {error:.1%}", shares, rows, range(n))]
@@ -244,9 +244,9 @@ def measure(D, data, training, held_out, args, device):
 def save_traversals(G, args, device):
     """traversal.png: a block for each code; traversal.gif: each continuous code to and fro. A category is a row."""
     noise, blocks, frames = fixed_noise(9, args.latent_dim, args.seed), {}, []
-    def block(k, z, values):  # a category of code k a row; by column z (9 or 1, latent_dim) and values (9, C) or (C,)
+    def block(k, z, values):  # rows: categories of code k; columns: z (9 or 1, latent_dim), values (9, C) or (C,)
         category = torch.arange(args.categorical[k])[:, None].expand(-1, 9)  # (categories, 9)
-        codes = [one_hot(category * (i == k), size) for i, size in enumerate(args.categorical)]  # others: the first
+        codes = [one_hot(category * (i == k), size) for i, size in enumerate(args.categorical)]  # others: category 0
         inputs = [part.expand(*category.shape, -1) for part in (z, *codes, values)]
         return grid(sample(G, torch.cat(inputs, 2).flatten(0, 1).to(device)), 9)
     for k in range(len(args.categorical)):
@@ -269,7 +269,7 @@ def save_plots(out):
     panels = [("loss_d loss_g", "Loss", "loss", {})]
     panels += [("d_real d_fake", "What D thinks: 0.5 is a draw", "probability of being real", {"ylim": (0, 1)})]
     panels += [("info_cat", "What Q reads of the categories", "information in nats, lower bound", {})]
-    panels += [("info_cont", "What Q reads of the numbers: may be below 0", "information in nats, lower bound", {})]
+    panels += [("info_cont", "What Q reads of the numbers", "information in nats, lower bound", {})]
     panels += [("code_accuracy cluster_error", "Q: accuracy on fakes, error on data", "share", {"ylim": (0, 1.02)})]
     panels += [("grad_norm_d grad_norm_g", "Gradient norm", "L2 norm of all gradients", {"yscale": "log"})]
     for axes, (columns, title, ylabel, more) in zip(figure.subplots(2, 3).flat, panels, strict=True):
@@ -346,16 +346,16 @@ def train(args, run):
             logging = epoch_ends or stopping or step % args.log_every == 0
             fade = (1 + math.cos(math.pi * (step - 1) / last_step)) / 2 if args.lr_schedule == "cosine" else 1
             opt_g.param_groups[0]["lr"], opt_d.param_groups[0]["lr"] = args.lr_g * fade, args.lr_d * fade
-            # (1) D step: maximise log D(x) + log(1 - D(G(z, c))) + weight L
+            # (1) D step: maximise log D(x_real) + log(1 - D(G(z, c))) + weight * L
             D.requires_grad_(True)
             index = training[epoch_order(len(training), batch_size, args.seed, epoch)[i]]  # (B,)
             x_real = to_batch(images, index, device)  # (B, C, H, W)
             c = draw_codes(batch_size, sizes, args.continuous, device)
-            z = torch.cat([torch.randn(batch_size, args.latent_dim, device=device), c], 1)
+            z = torch.cat([torch.randn(batch_size, args.latent_dim, device=device), c], 1)  # z and c
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 x_fake = G(z)  # kept for the G step
                 (logits_real, _), (logits_fake, guesses) = D(x_real), D(x_fake.detach())  # detached: no way to G
-                _, warped = D(augment(x_fake.detach(), args.augment))  # Q learns categories from these
+                _, warped = D(augment(x_fake.detach(), args.augment))  # categories are learned from these, numbers not
             loss_d = discriminator_loss(logits_real, logits_fake)
             info_cat, info_cont = categorical_bound(warped, c, sizes), continuous_bound(guesses, c, sizes, variance)
             opt_d.zero_grad()
@@ -363,7 +363,7 @@ def train(args, run):
             if logging or args.clip_grad_norm:  # up to inf: only measured
                 norm_d = nn.utils.clip_grad_norm_(D.parameters(), args.clip_grad_norm or math.inf)
             opt_d.step()
-            # (2) G step: maximise log D(G(z, c)) + weight L for the same z and c, the weights of D and Q frozen
+            # (2) G step: maximise log D(G(z, c)) + weight * L, same z and c, D and Q frozen. The log has this L
             D.requires_grad_(False)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 logits, guesses = D(x_fake)
@@ -382,10 +382,10 @@ def train(args, run):
                 row = [loss_d, loss_g, logits_real.sigmoid().mean(), logits_fake.sigmoid().mean(), norm_d, norm_g]
                 right = guesses[:, : sizes[0]].argmax(1) == c[:, : sizes[0]].argmax(1)
                 row = torch.stack([*row, info_cat, info_cont, right.float().mean()]).tolist()
-                row.insert(6, speed * batch_size)
+                row.insert(6, speed * batch_size)  # images_per_second
                 if epoch_ends and step % 100 < steps_per_epoch:  # after an epoch, or about once in 100 steps
                     error = measure(D_ema, data, training, held_out, args, device)
-                for name, value in zip(log[0].split(",")[2:], row, strict=False):  # without cluster_error
+                for name, value in zip(log[0].split(",")[2:], row, strict=False):  # cluster_error may be nan
                     if not math.isfinite(value):
                         raise Fault(f"{name} is {value} at step {step}; the last checkpoint is kept. Try a lower rate.")
                 if epoch_ends or step % args.log_every == 0:  # not where Ctrl-C fell: a resumed run has the same rows
