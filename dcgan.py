@@ -80,7 +80,7 @@ class Discriminator(nn.Module):
                 layers += [conv, nn.BatchNorm2d(width)] if norm == "batch" and layers else [conv]  # not on the first
                 layers += [nn.LeakyReLU(0.2, True)] + [nn.Dropout(dropout)] * (dropout > 0)
             channels = width
-        layers += [Permute([0, 2, 3, 1]), nn.Flatten()]  # (B, 8 * 8 * 512), in the order in which they lie in memory
+        layers += [Permute([0, 2, 3, 1]), nn.Flatten()]  # (B, 8 * 8 * 512), as in memory
         layers += [nn.Linear((img_size // 2 ** len(hidden_channels)) ** 2 * channels, 1, bias=bias)]
         self.layers = nn.Sequential(*layers)
         if init == "dcgan":
@@ -145,7 +145,7 @@ def number(kind, low, high=math.inf):  # a type for argparse: an int or a float 
 
 def parse_args(argv=None, known=None):
     """The flags; those that do not stand in argv are as in known, a Namespace, or as their defaults."""
-    parser = argparse.ArgumentParser(description="DCGAN, arXiv 1511.06434. The values in brackets are the defaults.")
+    parser = argparse.ArgumentParser(description="DCGAN, arXiv 1511.06434. In brackets: the defaults.")
     count, share, amount = number(int, 1), number(float, 0, 1), number(float, 0)
     groups = ("run", "data", "model", "optimiser", "tricks")
     run, data, model, adam, trick = (parser.add_argument_group(group).add_argument for group in groups)
@@ -262,8 +262,8 @@ def train(args, run):
         raise Fault(f"{out} was trained on {args.num_images} pictures of {args.img_channels} channels, not these.")
     args.num_images, args.img_channels, args.img_size, _ = images.shape  # for build() and the checkpoint
     args.depth = args.depth or (2 if args.img_size < 64 else 1)
-    width, powers = max(1, 32 // args.depth), range(max(1, round(math.log2(args.img_size / 8))))  # for a laptop
-    args.hidden_channels = args.hidden_channels or [width << n for n in powers]
+    width, powers = 32 // args.depth, range(max(1, round(math.log2(args.img_size / 8))))
+    args.hidden_channels = args.hidden_channels or [max(1, width << n) for n in powers]  # for a laptop
     torch.manual_seed(args.seed + run["step"] if run else args.seed)  # on a GPU a resumed run draws new noise
     G, D = (network.to(device, memory_format=torch.channels_last) for network in build(args))
     G_ema = AveragedModel(G)

@@ -298,7 +298,7 @@ def train(args, run):
         raise Fault(f"{out} was trained on {args.num_images} pictures of {args.img_channels} channels, not these.")
     args.num_images, args.img_channels, args.img_size, _ = images.shape  # for build() and the checkpoint
     width, powers = 16 if args.img_size < 64 else 32, range(max(1, round(math.log2(args.img_size / 8))))
-    args.hidden_channels = args.hidden_channels or [width << n for n in powers]  # narrow, for a laptop
+    args.hidden_channels = args.hidden_channels or [width << n for n in powers]  # for a laptop
     torch.manual_seed(args.seed + run["step"] if run else args.seed)  # on a GPU a resumed run draws new noise
     G, D = (network.to(device, memory_format=torch.channels_last) for network in build(args))
     G_ema, D_ema = AveragedModel(G), AveragedModel(D)  # for samples; to measure what the codes mean
@@ -375,7 +375,7 @@ def train(args, run):
                 norm_g = nn.utils.clip_grad_norm_(G.parameters(), args.clip_grad_norm or math.inf)
             opt_g.step()
             G_ema.multi_avg_fn = D_ema.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema, (1 + step) / (10 + step)))
-            G_ema.update_parameters(G), D_ema.update_parameters(D)  # averages parameters, copies buffers
+            G_ema.update_parameters(G), D_ema.update_parameters(D)  # averages the parameters, copies the buffers
             # (3) log, sample, save
             if logging:
                 speed = (step - first) / (time.perf_counter() - started)  # steps a second
