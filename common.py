@@ -106,9 +106,9 @@ def save_gif(path, frames, duration):
     """Pictures, uint8 (height, width, 3), each shown for so many milliseconds, over and over."""
     path.write_bytes(imageio.mimwrite("<bytes>", frames, format="gif", duration=duration, loop=0))
 
-def save_history(out):
-    """samples.gif: the grids in out/samples by their steps, 60 of them at most, the last one held."""
-    paths = sorted((p for p in out.glob("samples/*.png") if p.stem.isdecimal()), key=lambda path: int(path.stem))
+def save_history(out, step):
+    """samples.gif: the grids in out/samples up to this step, 60 of them at most, the last one held."""
+    paths = [path for n in range(step + 1) if (path := out / f"samples/{n:06d}.png").exists()]  # later: of a killed run
     save_gif(out / "samples.gif", [imageio.imread(p) for p in paths[:: len(paths) // 60 + 1] + paths[-1:] * 10], 200)
 
 def render_digits(n, seed):

@@ -52,18 +52,17 @@ class Generator(nn.Sequential):
         start = img_size // factor, img_size // factor, channels
         layers = [nn.Linear(latent_dim, math.prod(start), bias=False), nn.Unflatten(1, start)]  # (B, 8, 8, 512)
         layers += [Permute([0, 3, 1, 2])]  # (B, 512, 8, 8), channels last in memory, as the convolutions want them
-        layers += [nn.BatchNorm2d(channels), nn.ReLU(True)]
         for width in [*reversed(rest), img_channels]:  # (B, 256, 16, 16), (B, 128, 32, 32), (B, 3, 64, 64)
             for _ in range(depth - 1):
-                layers += [nn.Conv2d(channels, channels, 3, 1, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(True)]
+                layers += [nn.BatchNorm2d(channels), nn.ReLU(True), nn.Conv2d(channels, channels, 3, 1, 1, bias=False)]
+            layers += [nn.BatchNorm2d(channels), nn.ReLU(True)]
             if upsample == "nearest":
-                layers += [nn.Upsample(scale_factor=2), nn.Conv2d(channels, width, 3, padding=1, bias=False)]
+                layers += [nn.Upsample(scale_factor=2), nn.Conv2d(channels, width, 3, 1, 1, bias=False)]
             else:
                 pad = (kernel_size - 1) // 2, kernel_size % 2  # so that the size doubles
                 layers += [nn.ConvTranspose2d(channels, width, kernel_size, 2, *pad, bias=False)]
-            layers += [nn.BatchNorm2d(width), nn.ReLU(True)]
             channels = width
-        super().__init__(*layers[:-2], nn.Tanh())  # neither batch norm nor ReLU on the image
+        super().__init__(*layers, nn.Tanh())
         if init == "dcgan":
             self.apply(init_weights)
 
@@ -75,7 +74,7 @@ class Discriminator(nn.Module):
         layers, channels, bias = [], img_channels, norm != "batch"  # with batch norm no layer has one
         for width in hidden_channels:  # (B, 128, 32, 32), (B, 256, 16, 16), (B, 512, 8, 8)
             convs = [nn.Conv2d(channels, width, kernel_size, 2, (kernel_size - 1) // 2, bias=bias)]
-            convs += [nn.Conv2d(width, width, 3, padding=1, bias=bias) for _ in range(depth - 1)]
+            convs += [nn.Conv2d(width, width, 3, 1, 1, bias=bias) for _ in range(depth - 1)]
             for conv in convs:
                 layers += [conv, nn.BatchNorm2d(width)] if norm == "batch" and layers else [conv]  # not on the first
                 layers += [nn.LeakyReLU(0.2, True)] + [nn.Dropout(dropout)] * (dropout > 0)
@@ -371,7 +370,7 @@ def train(args, run):
     finally:  # at the end, after Ctrl-C, and after a fault
         signal.signal(signal.SIGINT, ctrl_c)
         save_plots(out)
-        save_history(out)
+        save_history(out, step)
         z = noise_path(fixed_noise(4 * 32, args.latent_dim, args.seed).view(4, 32, -1), args.interpolate).to(device)
         save_gif(out / "interpolation.gif", [grid(sample(G_ema, z_t)) for z_t in z], 100)
     print(f"Step {step} of {max(step, last_step)}. Look at {out}/samples.gif, interpolation.gif and losses.png.")

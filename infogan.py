@@ -412,7 +412,7 @@ def train(args, run):
     finally:  # at the end, after Ctrl-C, and after a fault
         signal.signal(signal.SIGINT, ctrl_c)
         save_plots(out)
-        save_history(out)
+        save_history(out, step)
         save_traversals(G_ema, args, device)
         measure(D_ema, data, training, held_out, args, device)
     print(f"Step {step} of {max(step, last_step)}. Look at {out}/samples.gif, traversal.png and losses.png.")

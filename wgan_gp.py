@@ -364,7 +364,7 @@ def train(args, run):
     finally:  # at the end, after Ctrl-C, and after a fault
         signal.signal(signal.SIGINT, ctrl_c)
         save_plots(out)
-        save_history(out)
+        save_history(out, step)
     print(f"Step {step} of {max(step, last_step)}. Look at {out}/samples.gif and losses.png.")
 
 def main(argv=None):
