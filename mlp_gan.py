@@ -211,8 +211,8 @@ def train(args, run):
     (out / "samples").mkdir(parents=True, exist_ok=True)
     imageio.imwrite(out / "real.png", grid(images[:: len(images) // 64 or 1][:64].cpu()))
     imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed[:64])))
-    (out / "log.csv").write_text("\n".join(log) + "\n")  # without what a killed run logged after its checkpoint
-    (out / "args.json").write_text(json.dumps(vars(args) | facts, indent=2) + "\n")
+    save_atomically(out / "log.csv", "\n".join([*log, ""]).encode())  # without rows after a killed run's checkpoint
+    save_atomically(out / "args.json", json.dumps(vars(args) | facts, indent=2).encode())
     print(f"{len(images):,} pictures {tuple(images.shape[1:])}, parameters {counts}, {facts['on']}, {out}", flush=True)
     first, stop, started = step, [], time.perf_counter()
     ctrl_c = signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # one more step, then save

@@ -1180,6 +1180,18 @@ def test_dcgan_gives_in_to_a_full_disk_in_one_sentence(pictures, capsys):
     assert Path("r/checkpoint.pt").read_bytes() == before
 
 
+def test_a_full_disk_on_resume_leaves_the_log_and_the_flags_whole(script, copy_one_step, capsys):
+    copy_one_step(script)
+    commas = Path("r/log.csv").read_text().count(",")  # of the header: no row is logged after one step
+    with open("r/log.csv", "a") as file:
+        file.write(("1" + ",1" * commas + "\n") * 4000)  # longer than a grid
+    before = [Path("r", name).read_bytes() for name in ("log.csv", "args.json")]
+    with full_disk(len(before[0]) - 1):
+        said = refusal(capsys, script.main(["--out", "r", "--resume", "--epochs", "2"]), [1])
+    assert "File too large" in said
+    assert [Path("r", name).read_bytes() for name in ("log.csv", "args.json")] == before
+
+
 def test_overwrite_keeps_the_old_run_until_the_new_one_can_start(pictures, capsys):
     run_on_pictures(dcgan, pictures, "r", "--epochs", 1)
     assert run_on_pictures(dcgan, pictures, "r", "--overwrite", "--classes", 3) == 2
