@@ -271,7 +271,7 @@ def load_folder(dataset, data_dir, img_size, background):
     names = [name for name in names if not name.startswith(runs)]
     if not names:
         by_hand = "put them there by hand (no script can download celeba and lsun any more), or change --data-dir"
-        raise Fault(f"{dataset}: no png, jpg, webp, gif or bmp below {folder}; {by_hand}.")
+        raise Fault(f"{dataset}: no png, jpg, webp, gif or bmp below {folder}, runs apart; {by_hand}.")
     tops = [os.path.relpath(name, folder).rpartition(os.sep)[0].split(os.sep)[0] for name in names]
     labels = torch.from_numpy(np.unique(tops, return_inverse=True)[1]) if len(set(tops)) > 1 else None
     if len(names) * 3 * size * size <= RESIDENT:

@@ -47,7 +47,7 @@ class Generator(nn.Sequential):
     def __init__(self, inputs=28, img_size=28, img_channels=1, hidden_channels=(16, 32), hidden=512):
         factor = 2 ** len(hidden_channels)
         if img_size % factor:
-            raise Misuse(f"--img-size {img_size} is no multiple of {factor}: fewer --hidden-channels need less.")
+            raise Misuse(f"--img-size {img_size} is no multiple of {factor}: use one, or fewer --hidden-channels.")
         *rest, channels = hidden_channels
         start = img_size // factor, img_size // factor, channels
         layers = [nn.Linear(inputs, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(True)]  # (B, 512)
@@ -130,7 +130,7 @@ def number(kind, low, high=math.inf):  # a type for argparse: an int or a float 
 def parse_args(argv=None, known=None):
     """The flags; those that do not stand in argv are as in known, a Namespace, or as their defaults."""
     parser = argparse.ArgumentParser(description="InfoGAN, arXiv 1606.03657. In brackets: the defaults.")
-    count, share, amount = number(int, 1), number(float, 0, 1), number(float, 0)
+    count, share, amount = number(int, 1), number(float, 0, 1), number(float, 0, 1e9)
     groups = ("run", "data", "model", "optimiser", "information")
     run, data, model, adam, info = (parser.add_argument_group(group).add_argument for group in groups)
     run("--epochs", type=count, help="passes over the data, in all (10, or more: as many as make 9,000 steps)")
@@ -158,11 +158,11 @@ def parse_args(argv=None, known=None):
     adam("--lr-g", type=share, default=1e-3, help="Adam's rate for G (%(default)s)")
     adam("--lr-d", type=share, default=5e-4, help="Adam's rate for D and Q (%(default)s)")
     adam("--betas", type=number(float, 0, 0.9999), nargs=2, default=[0.5, 0.999], help="Adam's decay rates (0.5 0.999)")
-    adam("--adam-eps", type=share, default=1e-8, help="Adam's epsilon (%(default)s)")
+    adam("--adam-eps", type=number(float, 1e-20, 1), default=1e-8, help="Adam's epsilon (%(default)s)")
     adam("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: down to 0 at the last step")
     adam("--clip-grad-norm", type=amount, help="scale the gradients of a network down to this L2 norm (off)")
     adam("--ema", type=share, default=0.999, help="decay of the averages of G and D that are sampled, measured (0.999)")
-    info("--categorical", type=number(int, 2), nargs="+", default=[10], help="categories of each categorical code (10)")
+    info("--categorical", type=number(int, 2, 250), nargs="+", default=[10], help="categories of each code (10)")
     info("--continuous", type=number(int, 0), default=2, help="how many continuous codes (%(default)s)")
     info("--continuous-variance", choices=["fixed", "learned"], default="fixed", help="Q's: 1, or learned (fixed)")
     info("--info-weight-cat", type=amount, default=1, help="weight of the bound for categories (%(default)s)")
@@ -177,8 +177,8 @@ def pick_device(args):
     best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         device = torch.zeros(1, device=best if args.device == "auto" else args.device).device
-    except (RuntimeError, AssertionError) as error:
-        raise Misuse(f"--device {args.device} cannot be used here: {str(error).partition('.')[0]}.") from error
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise Misuse(f"--device {args.device} is not there, or not for this torch: auto is {best} here.") from error
     has = torch.cpu.get_capabilities() if device.type == "cpu" else {"bf16": torch.cuda.is_bf16_supported(False)}
     return device, {"bf16": True, "fp32": False}.get(args.precision, has.get("avx512_bf16", has.get("bf16", False)))
 
@@ -211,7 +211,7 @@ def build(args):
 @torch.no_grad()
 def measure(D, data, training, held_out, args, device):
     """The error of Q's guess of the first categorical code as a classifier of pictures at held_out, matched on them.
-    Draws factors.png. Without labels, or with over 16 labels or categories, returns nan and draws nothing."""
+    Draws factors.png. Without labels, with one over 15 or over 16 categories, it is nan, and nothing is drawn."""
     size, n_codes = args.categorical[0], args.continuous
     n = max(size, data.labels.max().item() + 1) if data.labels is not None else math.inf
     if n > 16:  # there are 2^n sets of labels

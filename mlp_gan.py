@@ -71,7 +71,7 @@ def number(kind, low, high=math.inf):  # a type for argparse: an int or a float 
 def parse_args(argv=None, known=None):
     """The flags; those that do not stand in argv are as in known, a Namespace, or as their defaults."""
     parser = argparse.ArgumentParser(description="The first GAN, arXiv 1406.2661. In brackets: the defaults.")
-    count, share, amount = number(int, 1), number(float, 0, 1), number(float, 0)
+    count, share, amount = number(int, 1), number(float, 0, 1), number(float, 0, 1e9)
     groups = ("run", "data", "model", "optimiser", "tricks")
     run, data, model, adam, trick = (parser.add_argument_group(group).add_argument for group in groups)
     run("--epochs", type=count, help="passes over the data, in all (10, or more: as many as make 9,000 steps)")
@@ -100,7 +100,7 @@ def parse_args(argv=None, known=None):
     adam("--lr-g", type=share, default=1e-3, help="Adam's rate for G (%(default)s)")
     adam("--lr-d", type=share, default=1e-3, help="Adam's rate for D (%(default)s)")
     adam("--betas", type=number(float, 0, 0.9999), nargs=2, default=[0.0, 0.99], help="Adam's decay rates (0 0.99)")
-    adam("--adam-eps", type=share, default=1e-8, help="Adam's epsilon (%(default)s)")
+    adam("--adam-eps", type=number(float, 1e-20, 1), default=1e-8, help="Adam's epsilon (%(default)s)")
     adam("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: down to 0 at the last step")
     adam("--clip-grad-norm", type=amount, help="scale the gradients of a network down to this L2 norm (off)")
     adam("--ema", type=share, default=0.999, help="decay of the average of G that samples come from; 0: G (0.999)")
@@ -117,8 +117,8 @@ def pick_device(args):
     best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         device = torch.zeros(1, device=best if args.device == "auto" else args.device).device
-    except (RuntimeError, AssertionError) as error:
-        raise Misuse(f"--device {args.device} cannot be used here: {str(error).partition('.')[0]}.") from error
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise Misuse(f"--device {args.device} is not there, or not for this torch: auto is {best} here.") from error
     has = torch.cpu.get_capabilities() if device.type == "cpu" else {"bf16": torch.cuda.is_bf16_supported(False)}
     return device, {"bf16": True, "fp32": False}.get(args.precision, has.get("avx512_bf16", has.get("bf16", False)))
 

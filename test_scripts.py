@@ -570,6 +570,7 @@ def test_a_wrong_flag_exits_with_2(script, capsys, flags, word):
     [
         (["--device", "cuda:99"], "cuda:99"),
         (["--device", "toaster"], "toaster"),
+        (["--device", "hpu"], "hpu"),  # without its package an ImportError
         (["--background", "greenish"], "greenish"),
         (["--classes", "12"], "--classes"),
         (["--dataset", "folder", "--data-dir", "nowhere"], "nowhere"),
