@@ -198,7 +198,7 @@ def read_idx(path):
     try:
         raw = (gzip.open if path.suffix == ".gz" else open)(path, "rb").read()
         shape = np.frombuffer(raw, ">u4", count=raw[3], offset=4)
-        return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape).copy())
+        return torch.from_numpy(np.frombuffer(raw, {8: np.uint8}[raw[2]], offset=4 + 4 * raw[3]).reshape(shape).copy())
     except Exception as error:  # each way of being damaged raises its own kind
         raise Fault(f"{path} is damaged ({error}): delete it, so that it is downloaded again.") from error
 
@@ -214,8 +214,8 @@ def load_idx(dataset, data_dir, img_size, background):
         if not path.exists():
             download([mirror + name for mirror in (source.mirrors[0], MIRRORS[dataset])], path, folders, md5)
         arrays.append(read_idx(path))
-    if arrays[0].dim() != 3 or arrays[1].shape != arrays[0].shape[:1]:
-        raise Fault(f"{path.parent}: images and labels do not belong together. Delete them; they will be downloaded.")
+    if arrays[0].shape[1:] != (28, 28) or arrays[1].shape != arrays[0].shape[:1]:
+        raise Fault(f"{path.parent}: not images of 28x28 and their labels. Delete them; they will be downloaded.")
     return Data(arrays[0][:, None], arrays[1].long())
 
 def load_stacked(dataset, data_dir, img_size, background):
@@ -229,7 +229,7 @@ def load_cifar(dataset, data_dir, img_size, background):
     try:
         socket.setdefaulttimeout(20)  # torchvision sets none
         source = CIFAR10(data_dir, download=True)
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # each way of breaking off raises its own kind
         raise Fault(f"no {CIFAR10.filename} ({error}): put it into {data_dir}, or use --dataset digits.") from error
     return Data(torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(source.targets))
 
@@ -277,7 +277,7 @@ def load_folder(dataset, data_dir, img_size, background):
     if len(names) * 3 * size * size <= RESIDENT:
         pixels = np.frombuffer(decode(names, size, background, io.BytesIO()).getbuffer(), np.uint8)
         return Data(torch.from_numpy(pixels.reshape(len(names), -1, size, size)), labels)
-    stats = [(name, os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in names]
+    stats = [(os.path.relpath(name, folder), os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in names]
     cache = folder / f"decoded-{hashlib.md5(repr((size, background, stats)).encode()).hexdigest()}.raw"
     if not cache.exists():
         save_atomically(cache, partial(decode, names, size, background))

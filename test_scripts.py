@@ -10,6 +10,7 @@ import importlib
 import itertools
 import json
 import math
+import os
 import re
 import runpy
 import shlex
@@ -220,9 +221,11 @@ def test_help_names_every_flag_and_what_it_is_for(script, capsys):
     with pytest.raises(SystemExit) as stop:
         script.parse_args(["--help"])
     assert stop.value.code == 0
-    said = capsys.readouterr().out
-    for flag in re.findall(r'^ +[a-z]+\("(--[a-z0-9-]+)"', (HERE / f"{script.__name__}.py").read_text()):
-        assert re.search(rf"{flag} .*\n? +\S|{flag}  +\S", said), flag
+    _, _, said = capsys.readouterr().out.partition("\nrun:\n")  # below the usage
+    flags = re.findall(r'^ +[a-z]+\("(--[a-z0-9-]+)"', (HERE / f"{script.__name__}.py").read_text(), re.MULTILINE)
+    assert len(flags) > 30
+    for flag in flags:
+        assert re.search(rf"^  {flag}( \S.*?)?(  +|\n {{10,}})\S", said, re.MULTILINE), flag
 
 
 def test_every_flag_is_read(script):
@@ -497,12 +500,14 @@ def test_a_grid_of_large_pictures_stays_small():
     assert (common.grid(picture)[2, 2:258, 0] == picture[0, 0, 0, (torch.arange(256) * 600) // 256].numpy()).all()
 
 
-def test_a_history_skips_pictures_that_are_not_its_own(tmp_path):
+def test_a_history_skips_pictures_that_are_not_its_own(tmp_path, monkeypatch):
     (tmp_path / "samples").mkdir()
-    for name in ("000000", "000000 (1)", "2024-holiday"):
-        imageio.imwrite(tmp_path / "samples" / f"{name}.png", np.zeros((8, 8, 3), np.uint8))
+    for i, name in enumerate(("000000", "000002", "000000 (1)", "2024-holiday", "000004")):
+        imageio.imwrite(tmp_path / "samples" / f"{name}.png", np.full((8, 8, 3), i, np.uint8))
+    found = []
+    monkeypatch.setattr(common, "save_gif", lambda path, frames, duration: found.extend(frames))
     common.save_history(tmp_path, 3)
-    assert (tmp_path / "samples.gif").exists()
+    assert [frame.max() for frame in found] == [0] + [1] * 11
 
 
 @pytest.mark.parametrize("classes", [[0, 99], [99]])
@@ -834,12 +839,23 @@ def test_dcgan_losses_against_hand_computed_numbers():
     assert far.grad.item() == -1  # no vanishing gradient while D is sure
 
 
-def test_dcgan_bf16_only_where_asked_or_native(pictures):
-    for precision, words in (("fp32", "cpu, fp32"), ("bf16", "cpu, bf16")):
-        flags = ["--precision", precision, "--device", "cpu", "--max-steps", 1]
-        assert run_on_pictures(dcgan, pictures, precision, *flags) == 0
-        assert json.loads(Path(precision, "args.json").read_text())["on"] == words
-        assert {value.dtype for value in checkpoint(precision)["G"].values()} <= {torch.float32, torch.int64}
+@pytest.mark.parametrize(
+    ("precision", "native", "words"),
+    [
+        ("fp32", {"avx512_bf16": True}, "cpu, fp32"),
+        ("bf16", {"avx512_bf16": False}, "cpu, bf16"),
+        ("auto", {"avx512_bf16": True}, "cpu, bf16"),
+        ("auto", {"avx512_bf16": False}, "cpu, fp32"),
+        ("auto", {"bf16": True}, "cpu, bf16"),  # on ARM
+        ("auto", {}, "cpu, fp32"),
+    ],
+)
+def test_bf16_only_where_asked_or_native(script, pictures, monkeypatch, precision, native, words):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: native)
+    flags = ["--precision", precision, "--device", "cpu", "--max-steps", 1]
+    assert run_on_pictures(script, pictures, "r", *flags) == 0
+    assert json.loads(Path("r/args.json").read_text())["on"] == words
+    assert {value.dtype for value in checkpoint("r")["G"].values()} <= {torch.float32, torch.int64}
 
 
 def test_dcgan_depth_and_width_default_to_the_image_size(digits):
@@ -1798,15 +1814,21 @@ def test_digits_are_cached_and_a_damaged_cache_is_made_again(tmp_path, monkeypat
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems allocate in other ways")
+def test_a_folder_that_cannot_keep_the_digits_costs_no_run(monkeypatch):
+    render = common.render_digits
+    monkeypatch.setattr(common, "render_digits", lambda n, seed: render(20, seed))
+    Path("file").write_text("")
+    assert len(common.load_data("digits", "file").images) == 20
+
+
 def test_freed_memory_is_kept_for_the_next_step(digits):
     code = f"""
 import resource, sys; sys.path.insert(0, {str(HERE)!r})
 import common, torch
 common.load_data("digits", {digits!r})
-for i in range(10):
+for size in range(15, 30):  # MB; each is larger than all before: glibc as it is would ask the system for 7,000 pages
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    activations = [torch.ones(1_250_000) for _ in range(11)]  # 55 MB, or 13,000 pages
-    del activations
+    torch.ones(size * 2**18)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 1000
@@ -1848,11 +1870,22 @@ def test_mnist_is_found_raw_or_packed(tmp_path, place, packed):
     assert data.labels.tolist() == y
 
 
-@pytest.mark.parametrize("content", [b"", idx([[1, 2]])[:-1], gzip.compress(b"x" * 999)[:20], b"\x00\x00\x0d\x01"])
+SIGNED = b"\x00\x00\x09\x01\x00\x00\x00\x01\xff"  # one int8
+
+
+@pytest.mark.parametrize("content", [b"", idx([[1, 2]])[:-1], gzip.compress(b"x" * 999)[:20], b"\0\0\x0d\x01", SIGNED])
 @pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "train-images-idx3-ubyte.gz"])
 def test_a_damaged_idx_file_is_named(tmp_path, content, name):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(common.Fault, match=name):
+        common.load_data("mnist", tmp_path)
+
+
+@pytest.mark.parametrize(("images", "labels"), [((3, 28, 20), 3), ((3, 28, 28), 2), ((3, 784), 3)])
+def test_idx_files_that_are_no_mnist_are_refused(tmp_path, images, labels):
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(idx(np.zeros(images)))
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(np.zeros(labels)))
+    with pytest.raises(common.Fault, match="28x28"):
         common.load_data("mnist", tmp_path)
 
 
@@ -1915,7 +1948,7 @@ def test_fashion_mnist_of_debian_is_not_taken_for_mnist(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "Path", lambda path: Path(str(path).replace("/usr/share/datasets", str(tmp_path))))
     asked = []
     monkeypatch.setattr(common, "download", lambda urls, path, places, md5: asked.append(places))
-    monkeypatch.setattr(common, "read_idx", lambda path: torch.zeros(2, *[2, 2] * ("images" in path.name)))
+    monkeypatch.setattr(common, "read_idx", lambda path: torch.zeros(2, *[28, 28] * ("images" in path.name)))
     for dataset, found in (("mnist", False), ("fashion", True)):
         asked.clear()
         common.load_data(dataset, tmp_path / "data")
@@ -2017,13 +2050,20 @@ def test_the_decoded_file_is_keyed_by_what_went_in_and_whole_or_not_there(tmp_pa
         Image.new("L", (8, 8), 80 * i).save(tmp_path / f"{i}.png")
     assert common.load_data("folder", tmp_path, 8).images.shape == (3, 1, 8, 8)
     common.load_data("folder", tmp_path, 4)
-    Image.new("RGB", (8, 8), (9, 0, 0)).save(tmp_path / "3.png")
+    Image.new("RGB", (8, 8), (9, 0, 0)).save(tmp_path / "3.bmp")
     assert common.load_data("folder", tmp_path, 8).images.shape == (4, 3, 8, 8)
     assert len(list(tmp_path.glob("decoded-*.raw"))) == 3
+    common.load_data("folder", os.path.relpath(tmp_path), 8)
+    assert len(list(tmp_path.glob("decoded-*.raw"))) == 3
+    Image.new("RGB", (8, 8), (0, 99, 0)).save(tmp_path / "3.bmp")  # as large as the picture that it replaces
+    os.utime(tmp_path / "3.bmp", (1, 1))
+    assert common.load_data("folder", tmp_path, 8).images[3, 1].float().mean() == 99
+    common.load_data("folder", tmp_path, 8, background="black")
+    assert len(list(tmp_path.glob("decoded-*.raw"))) == 5
     (tmp_path / "4.png").write_bytes(b"damaged")
     with pytest.raises(common.Fault, match="4.png"):
         common.load_data("folder", tmp_path, 8)
-    assert len(list(tmp_path.glob("decoded-*.raw"))) == 3
+    assert len(list(tmp_path.glob("decoded-*.raw"))) == 5
 
 
 @pytest.mark.parametrize("dataset", ["celeba", "lsun"])
@@ -2122,7 +2162,10 @@ def test_sampling_is_in_eval_mode_without_gradients_and_leaves_g_as_it_was():
     G = dcgan.Generator(8, 8, 1, [4])
     z = torch.randn(6, 8)
     before = {name: value.clone() for name, value in G.state_dict().items()}
+    G.register_forward_hook(lambda *_: grad_enabled.append(torch.is_grad_enabled()))
+    grad_enabled = []
     together = common.sample(G, z)
+    assert grad_enabled == [False]
     assert together.dtype == torch.uint8
     assert G.training
     for name, value in G.state_dict().items():
@@ -2150,6 +2193,12 @@ def test_frechet_distance_of_gaussians_has_its_closed_form():
     assert score.frechet(a, a + 2) == pytest.approx(16, rel=1e-6)  # a shift of 2 in each of 4 dimensions
     spread = sum(a.var(0)).item()
     assert score.frechet(a, 3 * a) == pytest.approx(4 * spread + 4 * a.mean(0).square().sum().item(), rel=1e-6)
+    b = a[:, :2] @ torch.tensor([[2.0, 1.0], [0.0, 0.5]], dtype=torch.float64)  # its axes are not those of a
+    a = a[:, :2] * torch.tensor([3.0, 1.0])
+    cov_a, cov_b = a.T.cov(), b.T.cov()
+    root = ((cov_a @ cov_b).trace() + 2 * (cov_a.det() * cov_b.det()).sqrt()).sqrt()  # tr (A B)^(1/2) of 2x2
+    expected = (a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * root
+    assert score.frechet(a, b) == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_kid_of_a_set_against_itself_is_about_zero():
@@ -2158,6 +2207,12 @@ def test_kid_of_a_set_against_itself_is_about_zero():
     mean, error = score.kid(a, b, blocks=20)
     assert abs(mean) < 5 * error + 0.01
     assert score.kid(a, b + 1, blocks=20)[0] > 20 * abs(mean)
+
+
+def test_kid_of_two_pairs_is_what_it_is_by_hand():
+    for unit in (1, 2):  # mean x.x of real images is unit^2; of features in this unit the kernel is (x.y + 1)^3
+        fake, real = torch.tensor([[0.0], [2.0]]) * unit, torch.tensor([[1.0], [1.0]]) * unit
+        assert score.kid(fake, real)[0] == pytest.approx(1 + 8 - 2 * (1 + 27) / 2)
 
 
 def test_the_standard_error_of_kid_is_how_far_it_varies():
@@ -2218,6 +2273,7 @@ def test_score_runs_end_to_end_on_a_one_step_run(script, few_digits):
     assert fd[1] == float(rows[0]["fd_floor"])
     assert fd[1] < fd[2] < fd[3]
     assert fd[1] < fd[0]
+    assert [float(row["kl"]) < 0.1 for row in rows[1:]] == [True, True, False]
     assert imageio.imread("r/nearest.png").shape[1] == imageio.imread("r/real.png").shape[1]
     assert Path("r/score.png").exists()
 
@@ -2315,14 +2371,38 @@ def test_score_says_what_it_cannot_score(few_digits, tmp_path, capsys):
 def test_score_of_a_folder_does_not_read_its_own_pictures_and_makes_colours_grey(few_digits):
     Path("p").mkdir()
     rng = np.random.default_rng(0)
-    for i in range(20):
+    for i in (*range(20), "score"):
         Image.fromarray(rng.integers(0, 256, (28, 28, 3), np.uint8)).save(f"p/{i}.png")
     assert score.main(["p", "--dataset", "digits"]) == 0
     first = scores("p")
-    Image.new("RGB", (9, 9)).save("p/score.png")
     assert Path("p/nearest.png").exists()
     assert score.main(["p", "--dataset", "digits"]) == 0
     assert scores("p") == first
+    assert len(list(Path("p").glob("*.png"))) == 22  # no picture of the user's was taken away
+
+
+def test_score_shows_the_nearest_training_images_first(few_digits):
+    common.save_pictures(Path("p"), common.render_digits(400, seed=0).images[:20])
+    assert score.main(["p", "--dataset", "digits"]) == 0
+    cell = np.asarray(imageio.imread("p/nearest.png"), float)[4:-4, 4:-4]  # without the outer frame
+    side = 2 * 28 + 4  # a picture and the frame to the next
+    for row in range(8):
+        for column in range(0, 8, 4):
+            left = cell[row * side : row * side + 56, column * side :]
+            shown, nearest, *farther = (left[:, i * side : i * side + 56] for i in range(4))
+            assert (shown == nearest).all()  # it is a training image
+            assert all((shown != other).any() for other in farther)
+
+
+def test_score_keeps_to_the_classes_of_the_run(few_digits, monkeypatch):
+    train = common.render_digits(400, seed=0)
+    few = torch.isin(train.labels, torch.tensor([3, 7]))
+    monkeypatch.setattr(score, "load_data", lambda *_: common.Data(train.images[few], train.labels[few]))
+    eyes = nn.Sequential(nn.Sequential(nn.Conv2d(1, 2, 28), nn.Flatten()), nn.Linear(2, 10)).requires_grad_(False)
+    monkeypatch.setattr(score, "load_classifier", lambda *_: eyes)
+    real = score.reference("digits", "data", None, (3, 7), "white", False)
+    test = common.render_digits(300, seed=1)
+    assert len(real.held) == torch.isin(test.labels, torch.tensor([3, 7])).sum()
 
 
 def test_score_of_the_snapshots_of_a_colour_run_makes_them_grey(few_digits, pictures, monkeypatch):

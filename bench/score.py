@@ -7,10 +7,10 @@
     python bench/score.py some/folder/of/pngs --dataset mnist  # pictures from anywhere
     python bench/score.py --sanity --dataset mnist             # real images, blurred ones and noise
 
-Writes score.csv, score.png and nearest.png (16 samples, each before the three nearest training images) into the
-folder. Features are the last hidden layer of a small classifier of the data set, trained once on its labels, seeded,
-kept in --data-dir: fd is no FID. All is measured against test images, which neither G nor the classifier has seen;
-without labels, by --features inception, against half of the images that G has seen.
+Writes score.csv, nearest.png (16 samples, each before the three nearest training images) and, of a run, score.png.
+Features are the last hidden layer of a small classifier of the data set, trained once on its labels, seeded, kept in
+--data-dir: fd is no FID. All is measured against test images, which neither G nor the classifier has seen; without
+labels, by --features inception, against half of the images that G has seen.
 
     fd, fd_floor       Frechet distance (Heusel et al. 2017, 1706.08500); that of as many training images, or of all
     kid, kid_se        unbiased squared MMD (Binkowski et al. 2018, 1801.01401), kernel (x.y / u + 1)^3, where u is the
@@ -51,7 +51,7 @@ def load_test(dataset, data_dir):
         return Data(images[triples].squeeze(2), labels[triples] @ torch.tensor([100, 10, 1]))
     try:
         source = TESTS[dataset](data_dir, train=False, download=True)
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # each way of breaking off raises its own kind
         raise Fault(f"no test images of {dataset} in {data_dir}, and no download of them ({error}).") from error
     images = torch.as_tensor(source.data)
     return Data(images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2), torch.as_tensor(source.targets))
@@ -161,7 +161,7 @@ def reference(dataset, data_dir, img_size, classes, background, inception):
     seen, (held, labels) = extract(eyes, train)[0], extract(eyes, images)
     if not inception:
         print(f"Classifier of {one}: {(labels == y).float().mean():.2%} of {len(y):,} test images of {dataset} right")
-    labels, classes = (train_labels.unique(), 1000) if dataset == "stacked-mnist" else (labels, eyes[1].out_features)
+    labels, classes = (labels, eyes[1].out_features) if inception or one == dataset else (train_labels.unique(), 1000)
     return argparse.Namespace(train=train, seen=seen, order=order, eyes=eyes, held=held, labels=labels, classes=classes)
 
 def score(images, epoch, real, rows, folder):
@@ -193,7 +193,7 @@ def score_folder(folder, args):
         raise Fault(f"{folder} holds no run: name another, or say with --dataset what to compare with.")
     if args.watch and not flags.get("snapshot_every"):
         raise Fault(f"{folder} is not trained with --snapshot-every: there is nothing to watch.")
-    n = max(1, args.samples or (26_000 if dataset == "stacked-mnist" else 10_000))  # score() refuses under 4
+    n = max(1, (26_000 if dataset == "stacked-mnist" else 10_000) if args.samples is None else args.samples)
     real = reference(dataset, args.data_dir or flags.get("data_dir", "data"), flags.get("img_size"),
                      tuple(flags.get("classes") or ()), flags.get("background", "white"), args.features == "inception")
     while args.snapshots or args.watch:
@@ -204,8 +204,7 @@ def score_folder(folder, args):
             break
         time.sleep(5)
     if args.folders:
-        for path in (folder / "score.png", folder / "nearest.png"):  # of the last time: they would be read as samples
-            path.unlink(missing_ok=True)
+        (folder / "nearest.png").unlink(missing_ok=True)  # of the last time: it would be read as a sample
         pictures = None if flags else load_folder("folder", folder, real.train.shape[-1], (255, 255, 255)).images
         images = draw(folder / "checkpoint.pt", n) if flags else (pictures, "pictures")
         images, fake = score(*images, real, rows, folder)
