@@ -661,6 +661,23 @@ def test_the_seed_decides(script, pictures):
     assert log("a")[0]["loss_g"] != log("c")[0]["loss_g"]
 
 
+@pytest.mark.parametrize(
+    ("precision", "has", "bf16"),
+    [
+        ("fp32", {"avx512_bf16": True}, False),
+        ("bf16", {"avx512_bf16": False}, True),
+        ("auto", {"avx512_bf16": True}, True),
+        ("auto", {"avx512_bf16": False}, False),
+        ("auto", {"bf16": True}, True),  # ARM
+        ("auto", {}, False),
+    ],
+)
+def test_bf16_only_where_asked_or_native(script, monkeypatch, precision, has, bf16):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    args = script.parse_args(["--precision", precision, "--device", "cpu"])
+    assert script.pick_device(args) == (torch.device("cpu"), bf16)
+
+
 # mlp_gan.py
 
 
@@ -839,23 +856,12 @@ def test_dcgan_losses_against_hand_computed_numbers():
     assert far.grad.item() == -1  # no vanishing gradient while D is sure
 
 
-@pytest.mark.parametrize(
-    ("precision", "native", "words"),
-    [
-        ("fp32", {"avx512_bf16": True}, "cpu, fp32"),
-        ("bf16", {"avx512_bf16": False}, "cpu, bf16"),
-        ("auto", {"avx512_bf16": True}, "cpu, bf16"),
-        ("auto", {"avx512_bf16": False}, "cpu, fp32"),
-        ("auto", {"bf16": True}, "cpu, bf16"),  # on ARM
-        ("auto", {}, "cpu, fp32"),
-    ],
-)
-def test_bf16_only_where_asked_or_native(script, pictures, monkeypatch, precision, native, words):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: native)
-    flags = ["--precision", precision, "--device", "cpu", "--max-steps", 1]
-    assert run_on_pictures(script, pictures, "r", *flags) == 0
-    assert json.loads(Path("r/args.json").read_text())["on"] == words
-    assert {value.dtype for value in checkpoint("r")["G"].values()} <= {torch.float32, torch.int64}
+def test_dcgan_keeps_its_weights_in_float32(pictures):
+    for precision, words in (("fp32", "cpu, fp32"), ("bf16", "cpu, bf16")):
+        flags = ["--precision", precision, "--device", "cpu", "--max-steps", 1]
+        assert run_on_pictures(dcgan, pictures, precision, *flags) == 0
+        assert json.loads(Path(precision, "args.json").read_text())["on"] == words
+        assert {value.dtype for value in checkpoint(precision)["G"].values()} <= {torch.float32, torch.int64}
 
 
 def test_dcgan_depth_and_width_default_to_the_image_size(digits):
