@@ -17,8 +17,7 @@ The strongest recipe found here: twice the width, R1 instead of batch norm in D,
 Where this differs from the paper: Adam at 5e-4 with betas (0, 0.99), not 2e-4 and (0.5, 0.999), which makes more of 20
 epochs; z is normal, not uniform; batch 64, not 128; kernels 4x4; samples from an average of G's weights (--ema 0: from
 G); as deep and wide as laptops allow (the paper: 1024, 512, 256, 128 channels from 4x4 up). Images under 64x64, which
-are halved only two or three times, get two convolutions each time (--depth 1: the paper's).
-"""
+are halved only two or three times, get two convolutions each time (--depth 1: the paper's)."""
 import argparse
 import json
 import math
@@ -353,17 +352,18 @@ def train(args, run):
                 line += f"loss_g {row[1]:.3f} {row[-1]:.0f} images/s {(last_step - step) / speed / 60:.1f} min left "
                 if sys.stdout.isatty() or epoch_ends:
                     print(line, end="\r" if sys.stdout.isatty() and not stopping else "\n", flush=True)
-            sampling = step % (args.sample_every or last_step) == 0 or (epoch == 0 and step & (step - 1) == 0)
-            if sampling or epoch_ends or stopping:
+            keeping = epoch_ends and (epoch + 1) % (args.snapshot_every or math.inf) == 0
+            saving = keeping or stopping or (epoch_ends and (epoch < 100 or step % 100 < steps_per_epoch))
+            if saving or step % (args.sample_every or last_step) == 0 or (epoch == 0 and step & (step - 1) == 0):
                 update_bn(z_fixed.split(128), G_ema)  # the copied statistics of batch norm do not fit averaged weights
                 imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed[:64])))
-            if epoch_ends or stopping:
+            if saving:  # after each epoch; of those under 100 steps after the first 100, then once in 100 steps
                 state = {"args": vars(args), "step": step, "epoch": epoch + epoch_ends}
                 rest = {name: part.state_dict() for name, part in parts.items()} | {"rng": torch.get_rng_state()}
                 save_atomically(out / "checkpoint.pt", state | rest | {"z_fixed": z_fixed})
-                if step % 100 < steps_per_epoch:  # not after each of many short epochs: it takes as long as many steps
+                if step % 100 < steps_per_epoch:  # at most once in 100 steps: drawing takes as long as many steps
                     save_plots(out)
-            if epoch_ends and args.snapshot_every and (epoch + 1) % args.snapshot_every == 0:
+            if keeping:
                 save_atomically(out / f"generators/epoch_{epoch + 1:03d}.pt", state | {"G": G_ema.module.state_dict()})
             if stopping:
                 break

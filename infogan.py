@@ -396,16 +396,17 @@ def train(args, run):
                 line += f"{(last_step - step) / speed / 60:.1f} min left "
                 if sys.stdout.isatty() or epoch_ends:
                     print(line, end="\r" if sys.stdout.isatty() and not stopping else "\n", flush=True)
-            sampling = step % (args.sample_every or last_step) == 0 or (epoch == 0 and step & (step - 1) == 0)
-            if sampling or epoch_ends or stopping:
+            keeping = epoch_ends and (epoch + 1) % (args.snapshot_every or math.inf) == 0
+            saving = keeping or stopping or (epoch_ends and (epoch < 100 or step % 100 < steps_per_epoch))
+            if saving or step % (args.sample_every or last_step) == 0 or (epoch == 0 and step & (step - 1) == 0):
                 imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed)))
-            if epoch_ends or stopping:
+            if saving:  # after each epoch; of those under 100 steps after the first 100, then once in 100 steps
                 state = {"args": vars(args), "step": step, "epoch": epoch + epoch_ends}
                 rest = {name: part.state_dict() for name, part in parts.items()} | {"rng": torch.get_rng_state()}
                 save_atomically(out / "checkpoint.pt", state | rest | {"z_fixed": z_fixed, "cluster_error": error})
-                if step % 100 < steps_per_epoch:  # not after each of many short epochs: it takes as long as many steps
+                if step % 100 < steps_per_epoch:  # at most once in 100 steps: drawing takes as long as many steps
                     save_plots(out)
-            if epoch_ends and args.snapshot_every and (epoch + 1) % args.snapshot_every == 0:
+            if keeping:
                 save_atomically(out / f"generators/epoch_{epoch + 1:03d}.pt", state | {"G": G_ema.module.state_dict()})
             if stopping:
                 break

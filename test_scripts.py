@@ -639,6 +639,23 @@ def test_plots_are_drawn_after_each_epoch_but_not_all_the_time(script, pictures,
     assert len(drawn) == 2  # after the epoch, and at the end
 
 
+def test_after_a_hundred_short_epochs_few_are_saved(script, tmp_path, monkeypatch):
+    for i in range(4):
+        Image.new("RGB", (8, 8), (60 * i, 9, 200)).save(tmp_path / f"{i}.png")
+    saved, save = [], script.save_atomically
+
+    def spy(path, content):
+        saved.append((path.name, content))
+        save(path, content)
+
+    monkeypatch.setattr(script, "save_atomically", spy)
+    run_on_pictures(script, tmp_path, "r", "--epochs", 212, "--batch-size", 4, "--snapshot-every", 110)  # 1 step each
+    steps = [*range(101), 110, 200, 212]
+    assert [int(path.stem) for path in sorted(Path("r/samples").iterdir())] == steps
+    assert [content["step"] for name, content in saved if name == "checkpoint.pt"] == steps[1:]
+    assert [name for name, _ in saved if name.startswith("epoch")] == ["epoch_110.pt"]
+
+
 def test_g_step_freezes_d(script, pictures, monkeypatch):
     forwards, network = [], judge(script)
 

@@ -25,8 +25,7 @@ Where this differs from the papers (theirs in brackets): rates 1e-3, of D withou
 digits in 5 epochs of MNIST here; RMSprop 5e-5); clip within 0.05 (0.01), with layer norm (batch norm) in D; betas as in
 Algorithm 1 (their MNIST code: (0.5, 0.9)); batch 32 (64); widths 16, 32 and two layers at each resolution (wider, one);
 the residual critic flattens its last layer (averages it); PyTorch's initial weights; samples from an average of G's
-weights; spectral; a held-out set: a W much lower on it shows that D knows the other pictures by heart.
-"""
+weights; spectral; a held-out set: a W much lower on it shows that D knows the other pictures by heart."""
 import argparse
 import json
 import math
@@ -347,17 +346,18 @@ def train(args, run):
                 line += f"{row[5]:.3f} {row[4]:.0f} images/s {(last_step - step) / speed / 60:.1f} min left "
                 if sys.stdout.isatty() or epoch_ends:
                     print(line, end="\r" if sys.stdout.isatty() and not stopping else "\n", flush=True)
-            sampling = step % (args.sample_every or last_step) == 0 or (epoch == 0 and step & (step - 1) == 0)
-            if sampling or epoch_ends or stopping:
+            keeping = epoch_ends and (epoch + 1) % (args.snapshot_every or math.inf) == 0
+            saving = keeping or stopping or (epoch_ends and (epoch < 100 or step % 100 < steps_per_epoch))
+            if saving or step % (args.sample_every or last_step) == 0 or (epoch == 0 and step & (step - 1) == 0):
                 update_bn(z_fixed.split(128), G_ema)  # the copied statistics of batch norm do not fit averaged weights
                 imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed[:64])))
-            if epoch_ends or stopping:
+            if saving:  # after each epoch; of those under 100 steps after the first 100, then once in 100 steps
                 state = {"args": vars(args), "step": step, "epoch": epoch + epoch_ends}
                 rest = {name: part.state_dict() for name, part in parts.items()} | {"rng": torch.get_rng_state()}
                 save_atomically(out / "checkpoint.pt", state | rest | {"z_fixed": z_fixed})
-                if step % 100 < steps_per_epoch:  # not after each of many short epochs: it takes as long as many steps
+                if step % 100 < steps_per_epoch:  # at most once in 100 steps: drawing takes as long as many steps
                     save_plots(out)
-            if epoch_ends and args.snapshot_every and (epoch + 1) % args.snapshot_every == 0:
+            if keeping:
                 save_atomically(out / f"generators/epoch_{epoch + 1:03d}.pt", state | {"G": G_ema.module.state_dict()})
             if stopping:
                 break
