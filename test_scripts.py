@@ -1849,12 +1849,14 @@ def test_freed_memory_is_kept_for_the_next_step(digits):
 import resource, sys; sys.path.insert(0, {str(HERE)!r})
 import common, torch
 common.load_data("digits", {digits!r})
-for size in range(15, 30):  # MB; each is larger than all before: glibc as it is would ask the system for 7,000 pages
+faults = []
+for size in range(15, 30):  # MB; each is larger than all before: glibc as it is would ask the system for 4,000 pages
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(size * 2**18)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(sorted(faults)[len(faults) // 2])"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 1000
+    assert int(done.stdout) < 2000
 
 
 def test_classes_keep_their_images_labels_and_factors(digits):
