@@ -1736,6 +1736,14 @@ def test_what_codes_mean_is_measured_with_an_average_of_d(pictures, monkeypatch)
     assert torch.equal(measured[-1], steps[1]["D_ema"]["module.guess.0.weight"])
 
 
+def test_a_resumed_run_logs_the_error_that_was_measured_last(digits):
+    flags = ["--data-dir", digits, "--log-every", 50]
+    run(infogan, *flags, "--max-steps", 110, "--out", "whole")  # 42 steps an epoch: measured after the first
+    run(infogan, *flags, "--max-steps", 90, "--out", "parts")
+    assert infogan.main(["--out", "parts", "--resume", "--max-steps", "110"]) == 0
+    same_run("whole", "parts")
+
+
 def test_q_meets_real_pictures_with_their_own_batch_norm_statistics(digits):
     data, D = common.load_data("digits", digits), infogan.Discriminator()
     D(torch.randn(64, 1, 28, 28))  # fakes
