@@ -902,6 +902,7 @@ def test_kernel_size(kernel_size):
     D = dcgan.Discriminator(28, 1, [4, 8], kernel_size=kernel_size)
     strided = [layer for layer in [*G, *D.layers] if getattr(layer, "stride", None) == (2, 2)]
     assert [layer.kernel_size for layer in strided] == [(kernel_size, kernel_size)] * 4
+    assert G(torch.randn(2, 7)).shape == (2, 1, 28, 28)
     assert D(G(torch.randn(2, 7))).shape == (2,)
 
 
@@ -2172,6 +2173,7 @@ def test_epoch_order_is_a_shuffle_that_depends_on_seed_and_epoch_alone():
     assert len(set(order.flatten().tolist())) == 9
     assert not torch.equal(order, common.epoch_order(10, 3, seed=1, epoch=3))
     assert not torch.equal(order, common.epoch_order(10, 3, seed=2, epoch=2))
+    assert not torch.equal(order, common.epoch_order(10, 3, seed=2, epoch=1))  # nor on their sum
 
 
 def test_to_batch_scales_to_minus_one_and_one():
