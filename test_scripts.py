@@ -1777,6 +1777,24 @@ def test_the_codes_of_the_digits_are_compared_with_their_factors(digits, monkeyp
     assert r[1].max() < 0.1
 
 
+def test_each_sweep_of_a_traversal_moves_one_number(monkeypatch):
+    seen = []
+
+    def sample(G, z):
+        seen.append(z)
+        return torch.zeros(len(z), 1, 28, 28, dtype=torch.uint8)
+
+    monkeypatch.setattr(infogan, "sample", sample)
+    infogan.save_traversals(None, infogan.parse_args(["--out", "."]), "cpu")
+    numbers = [z[:, -2:] for z in seen]  # of the categories' block, of the first sweep, of its 24 frames, of the second
+    sweep, rest = torch.linspace(-2, 2, 9).repeat(10), torch.zeros(90)  # a row of 9 for each of 10 categories
+    assert torch.equal(numbers[0], torch.zeros(90, 2))
+    assert torch.equal(numbers[1], torch.stack([sweep, rest], 1))
+    assert torch.equal(numbers[26], torch.stack([rest, sweep], 1))
+    assert max(frame[:, 0].max().item() for frame in numbers[2:26]) == pytest.approx(2)
+    assert not torch.cat(numbers[2:26])[:, 1].any()
+
+
 def test_the_sample_grid_has_a_category_a_row(pictures, monkeypatch):
     run_on_pictures(infogan, pictures, "r", "--max-steps", 1)
     z = checkpoint("r")["z_fixed"].view(10, 8, -1)
