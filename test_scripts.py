@@ -642,16 +642,20 @@ def test_plots_are_drawn_after_each_epoch_but_not_all_the_time(script, pictures,
 def test_after_a_hundred_short_epochs_few_are_saved(script, tmp_path, monkeypatch):
     for i in range(4):
         Image.new("RGB", (8, 8), (60 * i, 9, 200)).save(tmp_path / f"{i}.png")
-    saved, save = [], script.save_atomically
+    saved, grids, save = [], [], script.save_atomically
 
     def spy(path, content):
         saved.append((path.name, content))
-        save(path, content)
+        if path.name == "log.csv":
+            save(path, content)
 
     monkeypatch.setattr(script, "save_atomically", spy)
+    monkeypatch.setattr(script, "sample", lambda G, z: torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    monkeypatch.setattr(script, "update_bn", lambda *_: None)
+    monkeypatch.setattr(imageio, "imwrite", lambda path, picture: grids.append(path.stem))
     run_on_pictures(script, tmp_path, "r", "--epochs", 212, "--batch-size", 4, "--snapshot-every", 110)  # 1 step each
     steps = [*range(101), 110, 200, 212]
-    assert [int(path.stem) for path in sorted(Path("r/samples").iterdir())] == steps
+    assert [int(stem) for stem in grids if stem != "real"] == steps
     assert [content["step"] for name, content in saved if name == "checkpoint.pt"] == steps[1:]
     assert [name for name, _ in saved if name.startswith("epoch")] == ["epoch_110.pt"]
 
@@ -1114,8 +1118,9 @@ def test_every_step_is_clipped_and_not_only_those_that_are_logged(script, pictur
     assert max(norms) < 1.1e-3
 
 
-def test_ema_averages_weights_with_a_decay_that_ramps_up(script, pictures):
+def test_ema_averages_weights_with_a_decay_that_ramps_up(script, pictures, monkeypatch):
     steps = []
+    monkeypatch.setattr(script, "save_plots", lambda *_: None)
     for n in (1, 2, 3):
         run_on_pictures(script, pictures, f"r{n}", "--max-steps", n, "--ema", 0.3)
         steps.append(checkpoint(f"r{n}"))
@@ -2261,6 +2266,7 @@ def test_kid_of_a_set_against_itself_is_about_zero():
     assert score.kid(a, b + 1, blocks=20)[0] > 20 * abs(mean)
 
 
+@pytest.mark.filterwarnings("ignore:std")  # of one block there is no standard error
 def test_kid_of_two_pairs_is_what_it_is_by_hand():
     for unit in (1, 2):  # mean x.x of real images is unit^2; of features in this unit the kernel is (x.y + 1)^3
         fake, real = torch.tensor([[0.0], [2.0]]) * unit, torch.tensor([[1.0], [1.0]]) * unit
