@@ -557,6 +557,8 @@ def test_a_resumed_run_mends_its_log(script, pictures, end):
         (["--batch-size", "many"], "--batch-size"),
         (["--batch-size", "1"], "--batch-size"),
         (["--lr-g", "nan"], "--lr-g"),
+        (["--adam-eps", "0"], "--adam-eps"),
+        (["--clip-grad-norm", "inf"], "--clip-grad-norm"),
         (["--seed", "-1"], "--seed"),
         (["--dataset", "cats"], "--dataset"),
         (["--nonsense"], "--nonsense"),
@@ -1380,6 +1382,14 @@ def test_depth_is_of_the_conv_networks_alone(pictures):
     one, two = (checkpoint(depth)["args"] for depth in "12")
     assert one["hidden_channels"] == two["hidden_channels"]
     assert wgan_gp.main([*flags, "--arch", "resnet", "--depth", "2", "--resume", "--max-steps", "2"]) == 0
+
+
+@pytest.mark.parametrize(("script", "flags"), [(wgan_gp, ["--clip-value", "0"]), (infogan, ["--categorical", "251"])])
+def test_a_critic_of_zeros_and_a_gif_too_high_are_refused(script, flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script.main(flags)
+    assert stop.value.code == 2
+    assert flags[0] in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_defaults_of_the_critic_follow_the_constraint():
