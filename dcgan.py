@@ -14,6 +14,8 @@ The strongest recipe found here: twice the width, R1 instead of batch norm in D,
     python dcgan.py --dataset mnist --epochs 10 --hidden-channels 32 64 --d-norm none --r1 0.5 \
         --lr-g 1e-3 --lr-d 1e-3 --betas 0 0.99 --init default --lr-schedule cosine
 
+What changes from mlp_gan.py: the networks, and the weights that they start from; walks through the space of z, in
+interpolation.gif; tricks, each with a flag: hinge loss, R1, spectral norm, flipped labels, instance noise, diffaugment.
 Where this differs from the paper: Adam at 5e-4 with betas (0, 0.99), not 2e-4 and (0.5, 0.999), which makes more of 20
 epochs; z is normal, not uniform; batch 64, not 128; kernels 4x4; samples from an average of G's weights (--ema 0: from
 G); as deep and wide as laptops allow (the paper: 1024, 512, 256, 128 channels from 4x4 up). Images under 64x64, which

@@ -2576,3 +2576,11 @@ def test_the_docstring_commands_parse(script):
     assert len(commands) >= 2
     for command in commands:
         script.parse_args(shlex.split(command))
+
+
+def test_the_docstring_says_what_changes_from_the_script_before_and_from_the_paper(script):
+    parts = ["arXiv ", " maximise", f"python {script.__name__}.py --dataset mnist --epochs 20"]
+    before = {"dcgan": "mlp_gan", "wgan_gp": "dcgan", "infogan": "dcgan"}.get(script.__name__)
+    parts += [f"What changes from {before}.py: "] * bool(before) + ["Where this differs from the paper"]
+    places = [script.__doc__.find(part) for part in parts]
+    assert -1 not in places and places == sorted(places)
