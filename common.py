@@ -1,5 +1,4 @@
-"""Data loading and fixed-noise sampling for the GAN scripts of this folder, which share nothing else.
-
+"""Data loading and fixed-noise sampling for the GAN scripts of this folder, and how files are written; nothing else.
 A data set is decoded once and kept as one uint8 tensor (N, C, H, W); a batch is an index, a cast and a scale."""
 import contextlib
 import gzip
@@ -8,7 +7,7 @@ import io
 import math
 import os
 import socket
-import sys
+import time
 import urllib.request
 import zipfile
 from functools import lru_cache, partial
@@ -45,7 +44,7 @@ class Data(NamedTuple):
 def load_data(dataset, data_dir="data", img_size=None, classes=None, background="white", device="cpu"):
     """The data set of this name in DATASETS, whole, on the device. img_size None is its own, 64 for `folder`; classes
     keeps only these labels; background goes below transparency. Raises Misuse (flags), Fault (data missing or bad)."""
-    torch.empty(31 * 2**20, dtype=torch.uint8)  # freed: glibc now keeps 62 MB; page faults took up to 8% of a step
+    torch.empty(31 * 2**20, dtype=torch.uint8)  # freed: glibc now keeps 62 MB; page faults took up to 9% of a step
     try:
         background = ImageColor.getrgb(background)[:3]
     except ValueError as error:
@@ -129,8 +128,7 @@ def render_digits(n, seed):
     squared = torch.where(torch.stack([~ink, ink]), 0, 1e4)  # to the nearest pixel without ink, and with ink
     for _ in range(2):  # along the rows, then along the columns
         squared = (squared[..., None, :] + (place[:, None] - place) ** 2).amin(-1).transpose(-1, -2)
-    without, with_ink = squared.sqrt().clamp(min=0.5)
-    distance = without - with_ink  # (fonts * 10, 64, 64)
+    distance = torch.sub(*squared.sqrt().clamp(min=0.5))  # (fonts * 10, 64, 64), negative where there is no ink
     half_stroke = distance.flatten(1).amax(1).view(-1, 10).median(1).values  # (fonts,)
     rng = torch.Generator().manual_seed(seed)
     labels, font = torch.randint(10, (n,), generator=rng), torch.randint(len(FONTS), (n,), generator=rng)
@@ -202,13 +200,13 @@ def read_idx(path):
     except Exception as error:  # each way of being damaged raises its own kind
         raise Fault(f"{path} is damaged ({error}): delete it, so that it is downloaded again.") from error
 
-def load_idx(dataset, data_dir, img_size, background):
-    """The 60,000 training images of MNIST or Fashion-MNIST, found on this machine or downloaded."""
+def load_idx(dataset, data_dir, img_size, background, test=False):
+    """The 60,000 training or 10,000 test images of MNIST or Fashion-MNIST, found on this machine or downloaded."""
     source = {"mnist": MNIST, "fashion": FashionMNIST}[dataset]
     folders = [data_dir / source.__name__ / "raw", data_dir / dataset, data_dir]  # the first is torchvision's
     folders += Path("/usr/share/datasets").glob(f"{dataset}*")  # Debian's; not fashion-mnist for mnist
     arrays = []
-    for name, md5 in source.resources[:2]:  # train images, train labels
+    for name, md5 in source.resources[2 * test :][:2]:  # images, labels
         places = [folder / file for folder in folders for file in (name.removesuffix(".gz"), name)]
         path = next((place for place in places if place.is_file()), folders[0] / name)
         if not path.exists():
@@ -224,11 +222,11 @@ def load_stacked(dataset, data_dir, img_size, background):
     triples = torch.randint(len(images), (128_000, 3), generator=torch.Generator().manual_seed(0))
     return Data(images[triples].squeeze(2), labels[triples] @ torch.tensor([100, 10, 1]))
 
-def load_cifar(dataset, data_dir, img_size, background):
-    """The 50,000 training images of CIFAR-10, by torchvision, which checks their md5."""
+def load_cifar(dataset, data_dir, img_size, background, test=False):
+    """The 50,000 training or 10,000 test images of CIFAR-10, by torchvision, which checks their md5."""
     try:
         socket.setdefaulttimeout(20)  # torchvision sets none
-        source = CIFAR10(data_dir, download=True)
+        source = CIFAR10(data_dir, not test, download=True)
     except Exception as error:  # each way of breaking off raises its own kind
         raise Fault(f"no {CIFAR10.filename} ({error}): put it into {data_dir}, or use --dataset digits.") from error
     return Data(torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(source.targets))
@@ -241,8 +239,7 @@ def load_pokemon(dataset, data_dir, img_size, background):
     try:
         with zipfile.ZipFile(path) as archive:
             names = [n for n in sorted(archive.namelist()) if "/pokemon-gen8/regular/" in n and n.endswith(".png")]
-            sprites = [read_picture(archive.open(name), 68, background)[:, 2:-2, 2:-2] for name in names]
-        return Data(torch.stack(sprites))
+            return Data(torch.stack([read_picture(archive.open(n), 68, background)[:, 2:-2, 2:-2] for n in names]))
     except (zipfile.BadZipFile, RuntimeError) as error:  # no zip file; without sprites
         raise Fault(f"{path} is damaged: delete it, so that it is downloaded again.") from error
 
@@ -270,8 +267,9 @@ def load_folder(dataset, data_dir, img_size, background):
     names = [n for n in names if n.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"))]
     names = [name for name in names if not name.startswith(runs)]
     if not names:
-        by_hand = "put them there by hand (no script can download celeba and lsun any more), or change --data-dir"
-        raise Fault(f"{dataset}: no png, jpg, webp, gif or bmp below {folder}, runs apart; {by_hand}.")
+        dead = {"celeba": "img_align_celeba", "lsun": "the pictures of a category"}
+        todo = f"fetch {dead[dataset]} by hand (its download is dead)" if dataset in dead else "put some there"
+        raise Fault(f"{dataset}: no png, jpg, webp, gif or bmp in {folder}, runs apart: {todo}, or change --data-dir.")
     tops = [os.path.relpath(name, folder).rpartition(os.sep)[0].split(os.sep)[0] for name in names]
     labels = torch.from_numpy(np.unique(tops, return_inverse=True)[1]) if len(set(tops)) > 1 else None
     if len(names) * 3 * size * size <= RESIDENT:
@@ -286,14 +284,16 @@ def load_folder(dataset, data_dir, img_size, background):
 
 def decode(names, size, background, file, channels=1):
     """Write the pictures, uint8 (N, 1, size, size), or (N, 3, size, size) as soon as one of them has a colour."""
+    started = time.perf_counter()
     for i, name in enumerate(names):
         picture = read_picture(name, size, background)
         if channels == 1 and (picture != picture[:1]).any():
             file.seek(0)
             return decode(names, size, background, file, channels=3)
         file.write(picture[:channels].numpy().tobytes())
-        if i % 1000 == 999 and sys.stdout.isatty():
-            print(f"Reading pictures: {i + 1:,} of {len(names):,} ", end="\r", flush=True)
+        if i % 10_000 == 9_999:
+            left = (time.perf_counter() - started) / (i + 1) * (len(names) - i - 1) / 60
+            print(f"{i + 1:,} of {len(names):,} pictures read, {left:.1f} min left", flush=True)
     return file
 
 DATASETS = {"digits": load_digits, "mnist": load_idx, "fashion": load_idx, "stacked-mnist": load_stacked}

@@ -6,20 +6,19 @@ convolutions: strides in place of pooling, batch norm in both networks, ReLU in 
 
     D maximises  log D(x) + log(1 - D(G(z)))    loss_d = -mean log D(x) - mean log(1 - D(G(z)))
     G maximises  log D(G(z))                    loss_g = -mean log D(G(z))
-
     python dcgan.py                             # the built-in digits, no download
     python dcgan.py --dataset mnist --epochs 20
     python dcgan.py --dataset mnist --epochs 20 --lr-g 2e-4 --lr-d 2e-4 --betas 0.5 0.999  # the paper's Adam
 The strongest recipe found here: twice the width, R1 instead of batch norm in D, larger steps that fade:
     python dcgan.py --dataset mnist --epochs 10 --hidden-channels 32 64 --d-norm none --r1 0.5 \
         --lr-g 1e-3 --lr-d 1e-3 --betas 0 0.99 --init default --lr-schedule cosine
-
 What changes from mlp_gan.py: the networks, and the weights that they start from; walks through the space of z, in
 interpolation.gif; tricks, each with a flag: hinge loss, R1, spectral norm, flipped labels, instance noise, diffaugment.
 Where this differs from the paper: Adam at 5e-4 with betas (0, 0.99), not 2e-4 and (0.5, 0.999), which makes more of 20
-epochs; z is normal, not uniform; batch 64, not 128; kernels 4x4; samples from an average of G's weights (--ema 0: from
-G); as deep and wide as laptops allow (the paper: 1024, 512, 256, 128 channels from 4x4 up). Images under 64x64, which
-are halved only two or three times, get two convolutions each time (--depth 1: the paper's)."""
+epochs; z is normal, not uniform; batch 64, not 128; kernels 4x4; samples from an average of G's weights, whose batch
+norm has statistics of its own (--ema 0: G's weights); as deep and wide as laptops allow (the paper: 1024, 512, 256, 128
+channels from 4x4 up). Images under 64x64, which are halved only two or three times, get two convolutions each time
+(--depth 1: the paper's)."""
 import argparse
 import json
 import math
@@ -150,7 +149,7 @@ def parse_args(argv=None, known=None):
     groups = ("run", "data", "model", "optimiser", "tricks")
     run, data, model, adam, trick = (parser.add_argument_group(group).add_argument for group in groups)
     run("--epochs", type=count, help="passes over the data, in all (10, or more: as many as make 9,000 steps)")
-    run("--max-steps", type=count, help="stop after so many generator updates, if that comes first")
+    run("--max-steps", type=count, help="stop after so many steps, if that comes first (never)")
     run("--batch-size", type=number(int, 2), default=64, help="pictures in a batch (%(default)s)")
     run("--seed", type=number(int, 0, 2**31), default=0, help="of the weights, the noise and the order (%(default)s)")
     run("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
@@ -172,7 +171,7 @@ def parse_args(argv=None, known=None):
     model("--latent-dim", type=count, default=100, help="how many numbers z has (%(default)s)")
     model("--hidden-channels", type=count, nargs="+", help="from the image inwards (16 32; at 64x64: 32 64 128)")
     model("--kernel-size", type=int, choices=[3, 4, 5], default=4, help="of the strided convolutions (%(default)s)")
-    model("--upsample", choices=["transpose", "nearest"], default="transpose", help="nearest: then a 3x3 convolution")
+    model("--upsample", choices=["transpose", "nearest"], default="transpose", help="nearest: + 3x3 conv (transpose)")
     model("--depth", type=count, help="convolutions at each resolution, the extra ones 3x3 (1; under 64x64 2)")
     model("--d-norm", choices=["batch", "spectral", "none"], default="batch", help="spectral: 1802.05957 (batch)")
     model("--init", choices=["dcgan", "default"], default="dcgan", help="N(0, 0.02), or PyTorch's own (%(default)s)")
@@ -180,9 +179,9 @@ def parse_args(argv=None, known=None):
     adam("--lr-d", type=share, default=5e-4, help="Adam's rate for D (%(default)s)")
     adam("--betas", type=number(float, 0, 0.9999), nargs=2, default=[0.0, 0.99], help="Adam's decay rates (0 0.99)")
     adam("--adam-eps", type=number(float, 1e-20, 1), default=1e-8, help="Adam's epsilon (%(default)s)")
-    adam("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: down to 0 at the last step")
-    adam("--clip-grad-norm", type=amount, help="scale the gradients of a network down to this L2 norm (off)")
-    adam("--ema", type=share, default=0.999, help="decay of the average of G that samples come from; 0: G (0.999)")
+    adam("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: down to 0 (%(default)s)")
+    adam("--clip-grad-norm", type=amount, help="scale gradients down to this L2 norm, against jumps (off)")
+    adam("--ema", type=share, default=0.999, help="decay of the average of G that samples come from; 0: none (0.999)")
     adam("--d-steps", type=count, default=1, help="D updates a step (%(default)s)")
     adam("--g-steps", type=count, default=1, help="G updates a step (%(default)s)")
     trick("--loss", choices=["bce", "hinge"], default="bce", help="hinge: Geometric GAN, 1705.02894 (%(default)s)")
@@ -191,7 +190,7 @@ def parse_args(argv=None, known=None):
     trick("--flip-labels", type=share, default=0, help="tell D the wrong label for this share of pictures (off)")
     trick("--instance-noise", type=amount, default=0, help="noise on all that D sees, falling to 0: 1610.04490 (off)")
     trick("--dropout", type=number(float, 0, 0.99), default=0, help="in D, after each activation (off)")
-    trick("--diffaugment", action="store_true", help="colour, shift, cut-out on all that D sees: under 5,000 pictures")
+    trick("--diffaugment", action="store_true", help="colour, shift, cut-out on all that D sees: 2006.10738 (off)")
     args = parser.parse_args(argv, known)
     args.script, args.out = "dcgan", args.out or f"runs/dcgan-{args.dataset}"
     return args
@@ -338,7 +337,7 @@ def train(args, run):
                     norm_g = nn.utils.clip_grad_norm_(G.parameters(), args.clip_grad_norm or math.inf)
                 opt_g.step()
             G_ema.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema, (1 + step) / (10 + step)))  # short memory at first
-            G_ema.update_parameters(G)  # averages the parameters, copies the buffers; with --ema 0 it is G
+            G_ema.update_parameters(G)  # averages the parameters, copies the buffers
             # (3) log, sample, save
             if logging:
                 speed = (step - first) / (time.perf_counter() - started)  # steps a second
@@ -346,12 +345,12 @@ def train(args, run):
                 row = torch.stack(row).tolist() + [speed * batch_size * args.d_steps]
                 for name, value in zip(log[0].split(",")[2:], row, strict=True):
                     if not math.isfinite(value):
-                        raise Fault(f"{name} is {value} at step {step}; the last checkpoint is kept. Try a lower rate.")
+                        raise Fault(f"{name} is {value} at step {step}, which is not saved. Try a lower rate.")
                 if epoch_ends or step % args.log_every == 0:  # not where Ctrl-C fell: a resumed run has the same rows
                     with open(out / "log.csv", "a") as file:
                         print(epoch + 1, step, *(f"{value:.6g}" for value in row), sep=",", file=file)
                 line = f"epoch {epoch + 1}/{args.epochs} [{'#' * (10 * step // last_step):10}] loss_d {row[0]:.3f} "
-                line += f"loss_g {row[1]:.3f} {row[-1]:.0f} images/s {(last_step - step) / speed / 60:.1f} min left "
+                line += f"loss_g {row[1]:.3f} {row[-1]:.0f} img/s {(last_step - step) / speed / 60:.1f} min left "
                 if sys.stdout.isatty() or epoch_ends:
                     print(line, end="\r" if sys.stdout.isatty() and not stopping else "\n", flush=True)
             keeping = epoch_ends and (epoch + 1) % (args.snapshot_every or math.inf) == 0

@@ -10,10 +10,8 @@ digit, the numbers as slant or width. The reward L is a lower bound of the mutua
     G maximises       log D(G(z, c)) + weight * L
 
 For ten categories, guessed perfectly, L is ln 10 = 2.303 nats. loss_d and loss_g in the log are those of the GAN alone.
-
     python infogan.py                           # the built-in digits, no download
     python infogan.py --dataset mnist --epochs 20
-
 What changes from dcgan.py: codes, Q, L; and a test of what the codes mean, on a tenth of the pictures, not trained on:
 by their labels (cluster_error in the log) and by the factors that `digits` were rendered from; both in factors.png.
 Where this differs from the paper (in brackets: its values): Q learns categories from fakes slanted, scaled and shifted
@@ -134,7 +132,7 @@ def parse_args(argv=None, known=None):
     groups = ("run", "data", "model", "optimiser", "information")
     run, data, model, adam, info = (parser.add_argument_group(group).add_argument for group in groups)
     run("--epochs", type=count, help="passes over the data, in all (10, or more: as many as make 9,000 steps)")
-    run("--max-steps", type=count, help="stop after so many generator updates, if that comes first")
+    run("--max-steps", type=count, help="stop after so many steps, if that comes first (never)")
     run("--batch-size", type=number(int, 2), default=64, help="pictures in a batch (%(default)s)")
     run("--seed", type=number(int, 0, 2**31), default=0, help="of the weights, the noise and the order (%(default)s)")
     run("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
@@ -159,8 +157,8 @@ def parse_args(argv=None, known=None):
     adam("--lr-d", type=share, default=5e-4, help="Adam's rate for D and Q (%(default)s)")
     adam("--betas", type=number(float, 0, 0.9999), nargs=2, default=[0.5, 0.999], help="Adam's decay rates (0.5 0.999)")
     adam("--adam-eps", type=number(float, 1e-20, 1), default=1e-8, help="Adam's epsilon (%(default)s)")
-    adam("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: down to 0 at the last step")
-    adam("--clip-grad-norm", type=amount, help="scale the gradients of a network down to this L2 norm (off)")
+    adam("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: down to 0 (%(default)s)")
+    adam("--clip-grad-norm", type=amount, help="scale gradients down to this L2 norm, against jumps (off)")
     adam("--ema", type=share, default=0.999, help="decay of the averages of G and D that are sampled, measured (0.999)")
     info("--categorical", type=number(int, 2, 250), nargs="+", default=[10], help="categories of each code (10)")
     info("--continuous", type=number(int, 0), default=2, help="how many continuous codes (%(default)s)")
@@ -387,13 +385,12 @@ def train(args, run):
                     error = measure(D_ema, data, training, held_out, args, device)
                 for name, value in zip(log[0].split(",")[2:], row, strict=False):  # cluster_error may be nan
                     if not math.isfinite(value):
-                        raise Fault(f"{name} is {value} at step {step}; the last checkpoint is kept. Try a lower rate.")
+                        raise Fault(f"{name} is {value} at step {step}, which is not saved. Try a lower rate.")
                 if epoch_ends or step % args.log_every == 0:  # not where Ctrl-C fell: a resumed run has the same rows
                     with open(out / "log.csv", "a") as file:
                         print(epoch + 1, step, *(f"{value:.6g}" for value in [*row, error]), sep=",", file=file)
                 line = f"epoch {epoch + 1}/{args.epochs} [{'#' * (10 * step // last_step):10}] loss_d {row[0]:.3f} "
-                line += f"info_cat {row[7]:.2f} cluster_error {error:.3f} {row[6]:.0f} images/s "
-                line += f"{(last_step - step) / speed / 60:.1f} min left "
+                line += f"loss_g {row[1]:.3f} {row[6]:.0f} img/s {(last_step - step) / speed / 60:.1f} min left "
                 if sys.stdout.isatty() or epoch_ends:
                     print(line, end="\r" if sys.stdout.isatty() and not stopping else "\n", flush=True)
             keeping = epoch_ends and (epoch + 1) % (args.snapshot_every or math.inf) == 0

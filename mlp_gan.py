@@ -7,14 +7,14 @@ to be real. D learns to tell pictures of the data, x, from G's, and G learns to 
     G maximises  log D(G(z))                    loss_g = -mean log D(G(z))       (--loss nonsaturating)
     or minimises log(1 - D(G(z)))               loss_g = mean log(1 - D(G(z)))   (--loss minimax)
 Minimax is the theory's. But while D sees through G, the slope of log(1 - D) by D's logit, -D(G(z)), is near 0: G learns
-nothing. That of -log D is near -1. At the equilibrium D is 1/2, loss_d = 2 ln 2 = 1.386; in practice D stays ahead.
+little. That of -log D is near -1. At the equilibrium D is 1/2 and right half the time, loss_d = 2 ln 2 = 1.386.
     python mlp_gan.py                           # the built-in digits, no download
     python mlp_gan.py --dataset mnist --epochs 20
-What breaks it: batch norm in every block, and no dropout. D wins: after epoch 3 D(G(z)) is 0.001, the gradients of its
-last layer (gradients.png) are 1e-4, all samples one noise. With --norm dropout instead 0.5, 0.1, and digits:
-    python mlp_gan.py --dataset mnist --epochs 20 --img-size 64 --hidden 512 512 512 --norm batch --dropout 0 --out bn
+What breaks it: batch norm in place of dropout; D wins, samples end as one noise. D(G(z)), gradients.png after epoch 3:
+    python mlp_gan.py --dataset mnist --img-size 64 --hidden 512 512 512 --norm batch --dropout 0 --out bn  # 1e-3, 1e-4
+    python mlp_gan.py --dataset mnist --img-size 64 --hidden 512 512 512 --norm dropout --out dropout  # 0.5, 0.1
 Where this differs from the paper: LeakyReLU, not ReLU in G and maxout in D; Adam, not momentum; z is normal, and the
-same in the G step as in the D step; G ends in tanh; narrower; batch 64; dropout 0.3; samples from an average of G."""
+same in both steps; G ends in tanh; PyTorch's first weights; narrower; batch 64; dropout 0.3; an averaged G."""
 import argparse
 import json
 import math
@@ -35,7 +35,7 @@ from common import DATASETS, Fault, Misuse, epoch_order, fixed_noise, grid, load
 from common import save_history, save_pictures, to_batch
 
 class Generator(nn.Sequential):
-    """z (B, latent_dim) -> image (B, img_channels, img_size, img_size) in [-1, 1]; shapes below: default arguments."""
+    """z (B, latent_dim) -> image (B, img_channels, img_size, img_size) in [-1, 1]."""
     def __init__(self, latent_dim=100, img_size=28, img_channels=1, hidden=(256, 512), norm="none", dropout=0.0):
         layers, shape = blocks([latent_dim, *hidden], norm, dropout), (img_channels, img_size, img_size)
         super().__init__(*layers, nn.Linear(hidden[-1], math.prod(shape)), nn.Tanh(), nn.Unflatten(1, shape))
@@ -53,8 +53,8 @@ def blocks(sizes, norm, dropout):
         yield from (nn.Linear(size_in, size_out), *batch_norm, nn.LeakyReLU(0.2, True), nn.Dropout(dropout))
 
 def discriminator_loss(logits_real, logits_fake, smoothing=0.0):
-    """-log D(x) - log(1 - D(G(z))): -log sigmoid(l) = softplus(-l), -log(1 - sigmoid(l)) = softplus(-l) + l."""
-    return (softplus(-logits_real) + smoothing * logits_real).mean() + softplus(logits_fake).mean()
+    """-log D(x) - log(1 - D(G(z))): -log sigmoid(l) = softplus(-l), -log(1 - sigmoid(l)) = softplus(l)."""
+    return torch.lerp(softplus(-logits_real), softplus(logits_real), smoothing).mean() + softplus(logits_fake).mean()
 
 def generator_loss(logits_fake, loss="nonsaturating"):
     """-log D(G(z)) = softplus(-l); or minimax, log(1 - D(G(z))) = -softplus(l), with slope -D(G(z))."""
@@ -74,7 +74,7 @@ def parse_args(argv=None, known=None):
     groups = ("run", "data", "model", "optimiser", "tricks")
     run, data, model, adam, trick = (parser.add_argument_group(group).add_argument for group in groups)
     run("--epochs", type=count, help="passes over the data, in all (10, or more: as many as make 9,000 steps)")
-    run("--max-steps", type=count, help="stop after so many generator updates, if that comes first")
+    run("--max-steps", type=count, help="stop after so many steps, if that comes first (never)")
     run("--batch-size", type=number(int, 2), default=64, help="pictures in a batch (%(default)s)")
     run("--seed", type=number(int, 0, 2**31), default=0, help="of the weights, the noise and the order (%(default)s)")
     run("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
@@ -94,18 +94,18 @@ def parse_args(argv=None, known=None):
     data("--img-size", type=count, help="resize the pictures to this (the size of the data; 64 for folder)")
     model("--latent-dim", type=count, default=100, help="how many numbers z has (%(default)s)")
     model("--hidden", type=count, nargs="+", default=[256, 512], help="widths in G, and in D from the last (256 512)")
-    model("--norm", choices=["none", "batch", "dropout"], default="none", help="batch: in G and D; dropout: also in G")
+    model("--norm", choices=["none", "batch", "dropout"], default="none", help="batch: both; dropout: also in G (none)")
     model("--dropout", type=number(float, 0, 0.99), default=0.3, help="rate in D, and in G with --norm dropout (0.3)")
     adam("--lr-g", type=share, default=1e-3, help="Adam's rate for G (%(default)s)")
     adam("--lr-d", type=share, default=1e-3, help="Adam's rate for D (%(default)s)")
     adam("--betas", type=number(float, 0, 0.9999), nargs=2, default=[0.0, 0.99], help="Adam's decay rates (0 0.99)")
     adam("--adam-eps", type=number(float, 1e-20, 1), default=1e-8, help="Adam's epsilon (%(default)s)")
-    adam("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: down to 0 at the last step")
-    adam("--clip-grad-norm", type=amount, help="scale the gradients of a network down to this L2 norm (off)")
-    adam("--ema", type=share, default=0.999, help="decay of the average of G that samples come from; 0: G (0.999)")
+    adam("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: down to 0 (%(default)s)")
+    adam("--clip-grad-norm", type=amount, help="scale gradients down to this L2 norm, against jumps (off)")
+    adam("--ema", type=share, default=0.999, help="decay of the average of G that samples come from; 0: none (0.999)")
     adam("--d-steps", type=count, default=1, help="D updates a step (%(default)s)")
     adam("--g-steps", type=count, default=1, help="G updates a step (%(default)s)")
-    trick("--loss", choices=["nonsaturating", "minimax"], default="nonsaturating", help="of G; minimax: the theory's")
+    trick("--loss", choices=["nonsaturating", "minimax"], default="nonsaturating", help="of G (nonsaturating)")
     trick("--label-smoothing", type=share, default=0, help="real means 1 - this, to D: Salimans 2016, 1606.03498 (off)")
     args = parser.parse_args(argv, known)
     args.script, args.out = "mlp_gan", args.out or f"runs/mlp_gan-{args.dataset}"
@@ -228,7 +228,7 @@ def train(args, run):
                 x_real = to_batch(images, index, device)  # (B, C, H, W) in [-1, 1], new ones d_steps times
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     x_fake = G(torch.randn(batch_size, args.latent_dim, device=device))  # kept for the G step
-                    logits_real, logits_fake = D(x_real).float(), D(x_fake.detach()).float()  # no way to G
+                    logits_real, logits_fake = D(x_real).float(), D(x_fake.detach()).float()  # detached
                 loss_d = discriminator_loss(logits_real, logits_fake, args.label_smoothing)
                 opt_d.zero_grad()
                 loss_d.backward()
@@ -248,7 +248,7 @@ def train(args, run):
                     norm_g = nn.utils.clip_grad_norm_(G.parameters(), args.clip_grad_norm or math.inf)
                 opt_g.step()
             G_ema.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema, (1 + step) / (10 + step)))  # short memory at first
-            G_ema.update_parameters(G)  # averages the parameters, copies the buffers; with --ema 0 it is G
+            G_ema.update_parameters(G)  # averages the parameters, copies the buffers
             # (3) log, sample, save
             if logging:
                 speed = (step - first) / (time.perf_counter() - started)  # steps a second
@@ -257,13 +257,13 @@ def train(args, run):
                 row.insert(6, speed * batch_size * args.d_steps)
                 for name, value in zip(log[0].split(",")[2:], row, strict=True):
                     if not math.isfinite(value):
-                        raise Fault(f"{name} is {value} at step {step}; the last checkpoint is kept. Try a lower rate.")
+                        raise Fault(f"{name} is {value} at step {step}, which is not saved. Try a lower rate.")
                 gradients = torch.cat([gradients, D[-2].weight.grad.cpu()])[: epoch + epoch_ends]  # whole epochs
                 if epoch_ends or step % args.log_every == 0:  # not where Ctrl-C fell: a resumed run has the same rows
                     with open(out / "log.csv", "a") as file:
                         print(epoch + 1, step, *(f"{value:.6g}" for value in row), sep=",", file=file)
                 line = f"epoch {epoch + 1}/{args.epochs} [{'#' * (10 * step // last_step):10}] loss_d {row[0]:.3f} "
-                line += f"loss_g {row[1]:.3f} {row[6]:.0f} images/s {(last_step - step) / speed / 60:.1f} min left "
+                line += f"loss_g {row[1]:.3f} {row[6]:.0f} img/s {(last_step - step) / speed / 60:.1f} min left "
                 if sys.stdout.isatty() or epoch_ends:
                     print(line, end="\r" if sys.stdout.isatty() and not stopping else "\n", flush=True)
             keeping = epoch_ends and (epoch + 1) % (args.snapshot_every or math.inf) == 0

@@ -7,6 +7,7 @@ import csv
 import gzip
 import http.client
 import importlib
+import io
 import itertools
 import json
 import math
@@ -226,6 +227,10 @@ def test_help_names_every_flag_and_what_it_is_for(script, capsys):
     assert len(flags) > 30
     for flag in flags:
         assert re.search(rf"^  {flag}( \S.*?)?(  +|\n {{10,}})\S", said, re.MULTILINE), flag
+    _, *texts = re.split(r"^  (?=--)", said, flags=re.MULTILINE)
+    assert len(texts) == len(flags)
+    for text in texts:  # with its default, but for switches, and N pictures
+        assert re.match(r"--(compile|overwrite|resume|sample|diffaugment) ", text) or "(" in text, text
 
 
 def test_every_flag_is_read(script):
@@ -596,6 +601,17 @@ def test_into_a_file_one_line_an_epoch(script, pictures, capsys):
     run_on_pictures(script, pictures, "r", "--epochs", 3, "--log-every", 1)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
     assert [line.split()[1] for line in lines] == ["1/3", "2/3", "3/3"]
+
+
+def test_on_a_terminal_one_line_is_redrawn(script, pictures, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    run_on_pictures(script, pictures, "r", "--epochs", 100, "--max-steps", 5, "--log-every", 1)
+    out = capsys.readouterr().out
+    lines = out[out.index("epoch ") : out.index("Step 5 of 5")]
+    assert (lines.count("\r"), lines.count("\n")) == (4, 1)  # the last one stays
+    for line in re.split("[\r\n]", lines)[:5]:
+        assert re.match(r"epoch [12]/100 \[[# ]{10}\] .* img/s \d+\.\d min left $", line), line
+        assert len(line) < 80  # or a terminal would wrap it
 
 
 def test_small_data_and_single_leftovers(script, pictures):
@@ -1877,7 +1893,6 @@ def test_digits_are_cached_and_a_damaged_cache_is_made_again(tmp_path, monkeypat
     assert torch.equal(common.load_data("digits", tmp_path).factors["slant"], one.factors["slant"])
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems allocate in other ways")
 def test_a_folder_that_cannot_keep_the_digits_costs_no_run(monkeypatch):
     render = common.render_digits
     monkeypatch.setattr(common, "render_digits", lambda n, seed: render(20, seed))
@@ -1885,6 +1900,7 @@ def test_a_folder_that_cannot_keep_the_digits_costs_no_run(monkeypatch):
     assert len(common.load_data("digits", "file").images) == 20
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems allocate in other ways")
 def test_freed_memory_is_kept_for_the_next_step(digits):
     code = f"""
 import resource, sys; sys.path.insert(0, {str(HERE)!r})
@@ -2137,6 +2153,7 @@ def test_celeba_and_lsun_say_where_to_put_the_pictures_and_read_them(tmp_path, c
     flags = ["--dataset", dataset, "--data-dir", tmp_path / "d", "--img-size", 8, "--max-steps", 1]
     said = refusal(capsys, run(dcgan, *flags), [1])
     assert f"d/{dataset}" in said
+    assert {"celeba": "img_align_celeba", "lsun": "the pictures of a category"}[dataset] in said
     mixed_pictures(tmp_path / "d" / dataset)
     assert run(dcgan, *flags, "--out", "r") == 0
 
@@ -2178,7 +2195,8 @@ def test_cifar10(tmp_path, monkeypatch, capsys):
         data = np.arange(2 * 32 * 32 * 3).reshape(2, 32, 32, 3).astype(np.uint8)
         targets = [3, 9]
 
-        def __init__(self, root, download):
+        def __init__(self, root, train, download):
+            self.targets = self.targets if train else [1, 2]
             if self.data is None:
                 raise RuntimeError("no network")
 
@@ -2187,6 +2205,7 @@ def test_cifar10(tmp_path, monkeypatch, capsys):
     assert data.images.shape == (2, 3, 32, 32)
     assert data.images[0, :, 0, 0].tolist() == [0, 1, 2]
     assert data.labels.tolist() == [3, 9]
+    assert score.load_test("cifar10", tmp_path).labels.tolist() == [1, 2]
     Cifar.data = None
     said = refusal(capsys, run(dcgan, "--dataset", "cifar10", "--data-dir", tmp_path), [1])
     assert "no network" in said
@@ -2195,7 +2214,16 @@ def test_cifar10(tmp_path, monkeypatch, capsys):
 
 def test_one_picture_is_too_few(tmp_path, capsys):
     Image.new("L", (8, 8)).save(tmp_path / "a.png")
-    refusal(capsys, run(dcgan, "--dataset", "folder", "--data-dir", tmp_path), [1])
+    assert "1 pictures" in refusal(capsys, run(dcgan, "--dataset", "folder", "--data-dir", tmp_path), [1])
+
+
+def test_reading_many_pictures_says_how_far_it_is(monkeypatch, capsys):
+    monkeypatch.setattr(common, "read_picture", lambda *_: torch.zeros(3, 1, 1, dtype=torch.uint8))
+    clock = iter([0, 60, 100])  # minutes would be 0, 1, ...
+    monkeypatch.setattr(common.time, "perf_counter", lambda: next(clock))
+    assert len(common.decode(["x"] * 25_000, 1, None, io.BytesIO()).getvalue()) == 25_000
+    lines = ["10,000 of 25,000 pictures read, 1.5 min left", "20,000 of 25,000 pictures read, 0.4 min left"]
+    assert capsys.readouterr().out.splitlines() == lines
 
 
 def test_epoch_order_is_a_shuffle_that_depends_on_seed_and_epoch_alone():
@@ -2374,9 +2402,12 @@ def test_the_plot_of_scores_shows_a_kernel_distance_below_0(few_digits, monkeypa
     monkeypatch.setattr(score, "kid", lambda *_: (-0.01, 0.001))
     run(mlp_gan, "--max-steps", 1, "--out", "r")
     assert score.main(["r", "--samples", "100"]) == 0
-    fd, kid, share = (axes.get_ylim()[0] for axes in drawn)
+    fd, kid, share, _ = (axes.get_ylim()[0] for axes in drawn)
     assert (fd, share) == (0, 0)
     assert kid < -0.01
+    samples, expected = ([bar.get_height() for bar in bars] for bars in drawn[3].containers)
+    assert [sum(samples), sum(expected)] == pytest.approx([1, 1])
+    assert sum(share >= 0.01 for share in samples) == int(scores("r")[0]["classes"]) < len(samples) == 10
     assert all(axes.get_xlabel() and axes.get_ylabel() and axes.get_title() for axes in drawn)
 
 
@@ -2425,11 +2456,11 @@ def test_score_without_labels_asks_for_inception_and_says_where_its_weights_are_
 
 
 def test_score_says_what_it_cannot_score(few_digits, tmp_path, capsys):
-    assert "name a run" in refusal(capsys, score.main([]), [1])
-    assert "--dataset" in refusal(capsys, score.main(["empty"]), [1])
+    assert "name a run" in refusal(capsys, score.main([]), [2])
+    assert "--dataset" in refusal(capsys, score.main(["empty"]), [2])
     run(mlp_gan, "--max-steps", 1, "--out", "r")
     capsys.readouterr()
-    assert "--snapshot-every" in refusal(capsys, score.main(["r", "--watch"]), [1])
+    assert "--snapshot-every" in refusal(capsys, score.main(["r", "--watch"]), [2])
     for n in ("3", "-5"):
         assert "4 pictures" in refusal(capsys, score.main(["r", "--samples", n]), [1])
     Path("r/checkpoint.pt").write_bytes(b"damaged")
@@ -2533,6 +2564,8 @@ def test_the_pictures_that_are_timed_are_where_the_table_says(tmp_path, kind):
     assert torch.equal(images[:1000], images[1000:])
     images[0] = 7
     assert not (np.fromfile(tmp_path / "2000", np.uint8)[:784] == 7).all()  # never written to
+    if sys.platform != "linux":
+        pytest.skip("/proc is Linux's")
     mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path / "2000") in line]
     assert len(mapped) == (kind == "mapped")
 

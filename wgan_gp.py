@@ -13,19 +13,18 @@ so that a critic D, which returns a score and no probability, is trained to meas
 
 D must be 1-Lipschitz, nowhere steeper than 1; the best D has |grad D| = 1 along the lines of an optimal transport.
 --lipschitz chooses how. gp: a penalty on slopes other than 1 at x_mix, random points between random real-fake pairs; it
-needs the gradient of a gradient. clip: weights within 0.05, with RMSprop and layer norm; it costs no time, but D stays
+needs the gradient of a gradient. clip: weights within 0.05, with RMSprop and layer norm: fast, but D tends to be too
 simple. spectral (1802.05957): the weights of each layer, as a matrix, over their largest singular value; fast, but the
 convolutions may still be steeper than 1. With these two W has an unknown scale: compare it only within a run.
-
     python wgan_gp.py                           # the built-in digits, no download
     python wgan_gp.py --dataset mnist --epochs 20
-
-What changes from dcgan.py: no probabilities, no batch norm in D, five D steps for each G step, W in the log.
-Where this differs from the papers (theirs in brackets): rates 1e-3, of D without gp 2e-4 (Adam 1e-4, which makes no
-digits in 5 epochs of MNIST here; RMSprop 5e-5); clip within 0.05 (0.01), with layer norm (batch norm) in D; betas as in
-Algorithm 1 (their MNIST code: (0.5, 0.9)); batch 32 (64); widths 16, 32 and two layers at each resolution (wider, one);
-the residual critic flattens its last layer (averages it); PyTorch's initial weights; samples from an average of G's
-weights; spectral; a held-out set: a W much lower on it shows that D knows the other pictures by heart."""
+    python wgan_gp.py --dataset mnist --epochs 20 --lr-g 1e-4 --lr-d 1e-4 --batch-size 64  # the paper's
+What changes from dcgan.py: no probabilities, no batch norm in D, five D steps for each G step, residual networks, W in
+the log, also on pictures kept from training: a W much lower on them shows that D knows the others by heart.
+Where this differs from the papers (theirs in brackets): rates 1e-3, of D without gp 2e-4 (Adam 1e-4, RMSprop 5e-5);
+clip within 0.05 (0.01), with layer norm (batch norm) in D; betas as in Algorithm 1 (their MNIST code: (0.5, 0.9)); z of
+100 (128); batch 32 (64); kernels 4x4 (5x5); widths 16, 32, two layers at each resolution (wider, one); the residual
+critic flattens its last layer (averages it); PyTorch's first weights; samples from an average of G's weights."""
 import argparse
 import json
 import math
@@ -145,7 +144,7 @@ def parse_args(argv=None, known=None):
     groups = ("run", "data", "model", "optimiser", "Lipschitz constraint")
     run, data, model, adam, lipschitz = (parser.add_argument_group(group).add_argument for group in groups)
     run("--epochs", type=count, help="passes over the data, in all (10, or more: as many as make 4,000 steps)")
-    run("--max-steps", type=count, help="stop after so many generator updates, if that comes first")
+    run("--max-steps", type=count, help="stop after so many steps, if that comes first (never)")
     run("--batch-size", type=number(int, 2), default=32, help="pictures in a batch (%(default)s)")
     run("--seed", type=number(int, 0, 2**31), default=0, help="of the weights, the noise and the order (%(default)s)")
     run("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
@@ -172,9 +171,9 @@ def parse_args(argv=None, known=None):
     adam("--lr-d", type=share, help="rate for D (0.001 with gp, else 0.0002)")
     adam("--betas", type=number(float, 0, 0.9999), nargs=2, default=[0.0, 0.9], help="Adam's decay rates (0 0.9)")
     adam("--adam-eps", type=number(float, 1e-20, 1), default=1e-8, help="Adam's epsilon (%(default)s)")
-    adam("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: down to 0 at the last step")
-    adam("--clip-grad-norm", type=amount, help="scale the gradients of a network down to this L2 norm (off)")
-    adam("--ema", type=share, default=0.999, help="decay of the average of G that samples come from; 0: G (0.999)")
+    adam("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: down to 0 (%(default)s)")
+    adam("--clip-grad-norm", type=amount, help="scale gradients down to this L2 norm, against jumps (off)")
+    adam("--ema", type=share, default=0.999, help="decay of the average of G that samples come from; 0: none (0.999)")
     lipschitz("--lipschitz", choices=["gp", "clip", "spectral"], default="gp", help="what bounds the slope of D (gp)")
     lipschitz("--gp-weight", type=amount, default=10, help="of the penalty of gp (%(default)s)")
     lipschitz("--clip-value", type=number(float, 1e-6), default=0.05, help="clip: bound of D's weights (%(default)s)")
@@ -224,11 +223,12 @@ def build(args):
 def save_plots(out):
     """losses.png: the curves of log.csv, each with its running mean."""
     log = np.atleast_1d(np.genfromtxt(out / "log.csv", delimiter=",", names=True))
-    figure, n = Figure(figsize=(13, 3.8), layout="constrained"), len(log) // 40 + 1  # rows in the running mean
-    panels = [("wasserstein wasserstein_heldout", "Wasserstein distance, estimated", "E D(x) - E D(G(z))", {})]
+    figure, n = Figure(figsize=(16, 3.8), layout="constrained"), len(log) // 40 + 1  # rows in the running mean
+    panels = [("loss_d loss_g", "Loss", "loss", {})]
+    panels += [("wasserstein wasserstein_heldout", "Wasserstein distance, estimated", "E D(x) - E D(G(z))", {})]
     panels += [("critic_grad_norm", "The critic's slope: gp wants 1", "|grad D| between real and fake", {})]
     panels += [("grad_norm_d grad_norm_g", "Gradient norm", "L2 norm of all gradients", {"yscale": "log"})]
-    for axes, (columns, title, ylabel, more) in zip(figure.subplots(1, 3), panels, strict=True):
+    for axes, (columns, title, ylabel, more) in zip(figure.subplots(1, 4), panels, strict=True):
         for i, column in enumerate(columns.split() if log.size else []):
             axes.plot(log["step"], log[column], f"C{i}", alpha=0.25)
             axes.plot(log["step"][n - 1 :], np.convolve(log[column], np.ones(n) / n, "valid"), f"C{i}", label=column)
@@ -324,7 +324,7 @@ def train(args, run):
                 norm_g = nn.utils.clip_grad_norm_(G.parameters(), args.clip_grad_norm or math.inf)
             opt_g.step()
             G_ema.multi_avg_fn = get_ema_multi_avg_fn(min(args.ema, (1 + step) / (10 + step)))  # short memory at first
-            G_ema.update_parameters(G)  # averages the parameters, copies the buffers; with --ema 0 it is G
+            G_ema.update_parameters(G)  # averages the parameters, copies the buffers
             # (3) log, sample, save
             if logging:  # D after its last update; loss_d and norm_d are from before it
                 speed = (step - first) / (time.perf_counter() - started)  # steps a second
@@ -338,12 +338,12 @@ def train(args, run):
                 row.insert(4, speed * batch_size * args.critic_steps)
                 for name, value in zip(log[0].split(",")[2:], row, strict=True):
                     if not math.isfinite(value):
-                        raise Fault(f"{name} is {value} at step {step}; the last checkpoint is kept. Try a lower rate.")
+                        raise Fault(f"{name} is {value} at step {step}, which is not saved. Try a lower rate.")
                 if epoch_ends or step % args.log_every == 0:  # not where Ctrl-C fell: a resumed run has the same rows
                     with open(out / "log.csv", "a") as file:
                         print(epoch + 1, step, *(f"{value:.6g}" for value in row), sep=",", file=file)
                 line = f"epoch {epoch + 1}/{args.epochs} [{'#' * (10 * step // last_step):10}] G step {step} W "
-                line += f"{row[5]:.3f} {row[4]:.0f} images/s {(last_step - step) / speed / 60:.1f} min left "
+                line += f"{row[5]:.3f} {row[4]:.0f} img/s {(last_step - step) / speed / 60:.1f} min left "
                 if sys.stdout.isatty() or epoch_ends:
                     print(line, end="\r" if sys.stdout.isatty() and not stopping else "\n", flush=True)
             keeping = epoch_ends and (epoch + 1) % (args.snapshot_every or math.inf) == 0

@@ -20,6 +20,7 @@ labels, by --features inception, against half of the images that G has seen.
                        100 has. For stacked-mnist: from uniform; how many of 1,000 modes any of 26,000 samples has
 """
 import argparse
+import contextlib
 import importlib
 import json
 import sys
@@ -31,15 +32,13 @@ import imageio.v2 as imageio
 import torch
 from matplotlib.figure import Figure
 from torch import nn
-from torchvision.datasets import CIFAR10, MNIST, FashionMNIST
 from torchvision.models import inception_v3
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from common import DATASETS, Data, Fault, epoch_order, fixed_noise, grid, load_data, load_folder  # noqa: E402
-from common import render_digits, sample, save_atomically, to_batch  # noqa: E402
+from common import DATASETS, Data, Fault, Misuse, epoch_order, fixed_noise, grid, load_data  # noqa: E402
+from common import load_folder, render_digits, sample, save_atomically, to_batch  # noqa: E402
 
 COLUMNS = ["epoch", "fd", "fd_floor", "kid", "kid_se", "precision", "recall", "kl", "classes"]
-TESTS = {"mnist": MNIST, "fashion": FashionMNIST, "cifar10": CIFAR10}
 
 def load_test(dataset, data_dir):
     """The test images of a data set, which no script trains on. Raises Fault if they are not there."""
@@ -49,12 +48,7 @@ def load_test(dataset, data_dir):
         images, labels, _ = load_test("mnist", data_dir)
         triples = torch.randint(len(images), (26_000, 3), generator=torch.Generator().manual_seed(1))
         return Data(images[triples].squeeze(2), labels[triples] @ torch.tensor([100, 10, 1]))
-    try:
-        source = TESTS[dataset](data_dir, train=False, download=True)
-    except Exception as error:  # each way of breaking off raises its own kind
-        raise Fault(f"no test images of {dataset} in {data_dir}, and no download of them ({error}).") from error
-    images = torch.as_tensor(source.data)
-    return Data(images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2), torch.as_tensor(source.targets))
+    return DATASETS[dataset](dataset, Path(data_dir), None, None, test=True)
 
 def extract(eyes, images):
     """Features (N, F) and labels (N,) of uint8 images (N, C, H, W). Of stacked digits each is looked at by itself.
@@ -93,7 +87,8 @@ def load_classifier(dataset, data_dir, img_size, device):
                 optimiser.zero_grad()
                 nn.functional.cross_entropy(eyes(to_batch(images, index, device)), labels[index].to(device)).backward()
                 optimiser.step()
-        save_atomically(cache, eyes.state_dict())
+        with contextlib.suppress(OSError):  # a read-only folder: train it again the next time
+            save_atomically(cache, eyes.state_dict())
     return eyes.requires_grad_(False)
 
 def frechet(a, b):
@@ -148,7 +143,7 @@ def reference(dataset, data_dir, img_size, classes, background, inception):
     """The images of a data set, the network that looks at them, and what it finds in those that are held out."""
     train, train_labels, _ = load_data(dataset, data_dir, img_size, classes, background)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
-    if dataset in ["digits", "stacked-mnist", *TESTS]:
+    if dataset in ["digits", "stacked-mnist", "mnist", "fashion", "cifar10"]:
         test, size = load_test(dataset, data_dir), train.shape[2:]
         images, y = (x[torch.isin(test.labels, train_labels.unique())] for x in (test.images, test.labels))
         images = nn.functional.interpolate(images.float(), size, mode="bilinear", antialias=True).round().byte()
@@ -176,11 +171,16 @@ def score(images, epoch, real, rows, folder):
     print(folder, *(f"{name} {value}" for name, value in zip(COLUMNS, table[-1], strict=True)), sep="  ", flush=True)
     (folder / "score.csv").write_text("".join(",".join(row) + "\n" for row in [COLUMNS, *table]))
     curves = torch.tensor(sorted(row for row in rows if not isinstance(row[0], str))).reshape(-1, len(COLUMNS)).T
-    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    figure = Figure(figsize=(16, 3.8), layout="constrained")
+    *panels, histogram = figure.subplots(1, 4)
     titles, lows = ("Frechet distance", "Kernel distance", "Precision and recall"), (0, None, 0)  # KID may be negative
-    for panel, title, columns, low in zip(figure.subplots(1, 3), titles, ([1, 2], [3], [5, 6]), lows, strict=True):
+    for panel, title, columns, low in zip(panels, titles, ([1, 2], [3], [5, 6]), lows, strict=True):
         panel.legend(panel.plot(curves[0], curves[columns].T, "o-"), [COLUMNS[column] for column in columns])
         panel.set(title=title, xlabel="epoch", ylabel="share" if 5 in columns else "lower is better", ylim=(low, None))
+    for i, found in enumerate((labels, real.labels)):
+        shares = (torch.bincount(found, minlength=real.classes) / len(found)).numpy()
+        histogram.bar(torch.arange(real.classes).numpy() + 0.4 * i, shares, 0.4, label=("samples", "expected")[i])
+    histogram.set(title=f"Classes, epoch {epoch}", xlabel="class", ylabel="share"), histogram.legend()
     if curves.numel():
         figure.savefig(folder / "score.png", dpi=100)
     return images, fake
@@ -190,9 +190,9 @@ def score_folder(folder, args):
     flags = json.loads((folder / "args.json").read_text()) if (folder / "args.json").exists() else {}
     rows, done, dataset = [], set(), args.dataset or flags.get("dataset")
     if not dataset:
-        raise Fault(f"{folder} holds no run: name another, or say with --dataset what to compare with.")
+        raise Misuse(f"{folder} holds no run: name another, or say with --dataset what to compare with.")
     if args.watch and not flags.get("snapshot_every"):
-        raise Fault(f"{folder} is not trained with --snapshot-every: there is nothing to watch.")
+        raise Misuse(f"{folder} is not trained with --snapshot-every: there is nothing to watch.")
     n = max(1, (26_000 if dataset == "stacked-mnist" else 10_000) if args.samples is None else args.samples)
     real = reference(dataset, args.data_dir or flags.get("data_dir", "data"), flags.get("img_size"),
                      tuple(flags.get("classes") or ()), flags.get("background", "white"), args.features == "inception")
@@ -220,7 +220,7 @@ def score_folder(folder, args):
         score(torch.randint(256, some.shape, dtype=torch.uint8), "noise", real, rows, folder)
 
 def main(argv=None):
-    """Run the script. Returns the exit code, 1 for a fault, told in one sentence."""
+    """Run the script. Returns the exit code: 2 for bad use, 1 for a fault, each told in one sentence."""
     parser = argparse.ArgumentParser(description="Score the samples of runs, or any folders of pictures.")
     add = parser.add_argument
     add("folders", nargs="*", type=Path, help="runs, or folders of pictures to compare with --dataset")
@@ -234,13 +234,13 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         if not (args.folders or args.sanity):
-            raise Fault("name a run or a folder of pictures, or add --sanity.")
+            raise Misuse("name a run or a folder of pictures, or add --sanity.")
         ends = [row for folder in args.folders or [Path()] for row in score_folder(folder, args)]
         for name, *values in zip(COLUMNS[1:], *(row[1:] for row in ends), strict=True) if len(ends) > 1 else ():
             print(f"{name}: mean {sum(values) / len(values):.4g}, from {min(values):.4g} to {max(values):.4g}")
     except (Fault, OSError) as error:
         print("score.py:", str(error).partition("\n")[0], file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, Misuse) else 1
     except KeyboardInterrupt:  # the end of --watch
         pass
     return 0
