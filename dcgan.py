@@ -187,9 +187,9 @@ def parse_args(argv=None, known=None):
     trick("--loss", choices=["bce", "hinge"], default="bce", help="hinge: Geometric GAN, 1705.02894 (%(default)s)")
     trick("--r1", type=amount, default=0, help="1801.04406: this / 2 x |slope of D at real x|^2; --d-norm none (off)")
     trick("--label-smoothing", type=share, default=0, help="real means 1 - this, to D: Salimans 2016, 1606.03498 (off)")
-    trick("--flip-labels", type=share, default=0, help="against a sure D: wrong labels, for this share of x (off)")
+    trick("--flip-labels", type=share, default=0, help="against a sure D: wrong labels for this share (off)")
     trick("--instance-noise", type=amount, default=0, help="noise on all that D sees, falling to 0: 1610.04490 (off)")
-    trick("--dropout", type=number(float, 0, 0.99), default=0, help="in D, after activations: against overfitting (off)")
+    trick("--dropout", type=number(float, 0, 0.99), default=0, help="in D, after activation: against overfitting (off)")
     trick("--diffaugment", action="store_true", help="colour, shift, cut-out on all that D sees: 2006.10738 (off)")
     args = parser.parse_args(argv, known)
     args.script, args.out = "dcgan", args.out or f"runs/dcgan-{args.dataset}"
