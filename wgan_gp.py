@@ -224,8 +224,8 @@ def save_plots(out):
     """losses.png: the curves of log.csv, each with its running mean."""
     log = np.atleast_1d(np.genfromtxt(out / "log.csv", delimiter=",", names=True))
     figure, n = Figure(figsize=(16, 3.8), layout="constrained"), len(log) // 40 + 1  # rows in the running mean
-    panels = [("loss_d loss_g", "Loss", "loss", {})]
-    panels += [("wasserstein wasserstein_heldout", "Wasserstein distance, estimated", "E D(x) - E D(G(z))", {})]
+    panels = [("wasserstein wasserstein_heldout", "Wasserstein distance, estimated", "E D(x) - E D(G(z))", {})]
+    panels += [("loss_d loss_g", "Loss: the zero of loss_g drifts", "loss", {})]
     panels += [("critic_grad_norm", "The critic's slope: gp wants 1", "|grad D| between real and fake", {})]
     panels += [("grad_norm_d grad_norm_g", "Gradient norm", "L2 norm of all gradients", {"yscale": "log"})]
     for axes, (columns, title, ylabel, more) in zip(figure.subplots(1, 4), panels, strict=True):
