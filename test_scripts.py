@@ -23,6 +23,7 @@ import zipfile
 from pathlib import Path
 
 import imageio.v2 as imageio
+import matplotlib.axes
 import numpy as np
 import pytest
 import torch
@@ -612,6 +613,21 @@ def test_on_a_terminal_one_line_is_redrawn(script, pictures, capsys, monkeypatch
     for line in re.split("[\r\n]", lines)[:5]:
         assert re.match(r"epoch [12]/100 \[[# ]{10}\] .* img/s \d+\.\d min left $", line), line
         assert len(line) < 80  # or a terminal would wrap it
+
+
+def test_losses_png_has_the_losses_what_d_thinks_and_the_gradients(script, digits, monkeypatch):
+    labels, plot = set(), matplotlib.axes.Axes.plot
+
+    def spy(self, *values, label=None, **kwargs):
+        labels.add(label)
+        return plot(self, *values, label=label, **kwargs)
+
+    monkeypatch.setattr(matplotlib.axes.Axes, "plot", spy)
+    assert run(script, "--data-dir", digits, "--max-steps", 1) == 0
+    own = {"wgan_gp": {"wasserstein", "wasserstein_heldout", "critic_grad_norm"}, "infogan": set(OWN["infogan"])}
+    thinks = set() if script is wgan_gp else {"d_real", "d_fake"}
+    drawn = {"loss_d", "loss_g", "grad_norm_d", "grad_norm_g"} | thinks | own.get(script.__name__, set())
+    assert labels - {None} == drawn
 
 
 def test_small_data_and_single_leftovers(script, pictures):
