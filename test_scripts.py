@@ -623,7 +623,7 @@ def test_losses_png_has_the_losses_what_d_thinks_and_the_gradients(script, digit
         return plot(self, *values, label=label, **kwargs)
 
     monkeypatch.setattr(matplotlib.axes.Axes, "plot", spy)
-    assert run(script, "--data-dir", digits, "--max-steps", 1) == 0
+    assert run(script, "--data-dir", digits, "--max-steps", 1, "--log-every", 1) == 0
     own = {"wgan_gp": {"wasserstein", "wasserstein_heldout", "critic_grad_norm"}, "infogan": set(OWN["infogan"])}
     thinks = set() if script is wgan_gp else {"d_real", "d_fake"}
     drawn = {"loss_d", "loss_g", "grad_norm_d", "grad_norm_g"} | thinks | own.get(script.__name__, set())
