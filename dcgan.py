@@ -169,7 +169,7 @@ def parse_args(argv=None, known=None):
     data("--background", default="white", help="what transparent pictures are laid on (%(default)s)")
     data("--img-size", type=count, help="resize the pictures to this (the size of the data; 64 for folder)")
     model("--latent-dim", type=count, default=100, help="how many numbers z has (%(default)s)")
-    model("--hidden-channels", type=count, nargs="+", help="from the image inwards (32 64 / depth; at 64x64: 32 64 128)")
+    model("--hidden-channels", type=count, nargs="+", help="from the image inwards (32 64 / depth; 64x64: 32 64 128)")
     model("--kernel-size", type=int, choices=[3, 4, 5], default=4, help="of the strided convolutions (%(default)s)")
     model("--upsample", choices=["transpose", "nearest"], default="transpose", help="nearest: + 3x3 conv (transpose)")
     model("--depth", type=count, help="convolutions at each resolution, the extra ones 3x3 (1; under 64x64 2)")

@@ -163,7 +163,7 @@ def parse_args(argv=None, known=None):
     data("--background", default="white", help="what transparent pictures are laid on (%(default)s)")
     data("--img-size", type=count, help="resize the pictures to this (the size of the data; 64 for folder)")
     model("--latent-dim", type=count, default=100, help="how many numbers z has (%(default)s)")
-    model("--hidden-channels", type=count, nargs="+", help="from the image inwards (32 64 / depth; at 64x64: 32 64 128)")
+    model("--hidden-channels", type=count, nargs="+", help="from the image inwards (32 64 / depth; 64x64: 32 64 128)")
     model("--arch", choices=["conv", "resnet"], default="conv", help="resnet: residual blocks, as in 1704.00028 (conv)")
     model("--depth", type=count, help="convolutions at each resolution of conv, the extra ones 3x3 (1; under 64x64 2)")
     model("--critic-norm", choices=["none", "layer"], help="layer norm in the critic (layer with clip, else none)")
