@@ -2586,6 +2586,33 @@ def test_the_pictures_that_are_timed_are_where_the_table_says(tmp_path, kind):
     assert len(mapped) == (kind == "mapped")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak memory is read from /proc")
+def test_the_tables_of_speed(monkeypatch, capsys):
+    monkeypatch.setattr(speed, "ROWS", {"a title": ("mlp_gan", "--hidden 4 8", 60)})
+
+    def in_this_process(command, **_):
+        assert command[:2] == [sys.executable, speed.__file__]
+        said = f"{speed.measure_memory(int(command[3]), command[4], int(command[5])):.1f}\n"
+        return subprocess.CompletedProcess(command, 0, stdout=said)
+
+    monkeypatch.setattr(speed.subprocess, "run", in_this_process)
+    speed.main(["--quick"])
+    scripts, sizes = capsys.readouterr().out.strip().split("\n\n")
+    head, _, *rows = (line.strip("| ").split(" | ") for line in scripts.splitlines())
+    assert [row[:2] for row in rows] == [["a title", "bf16"], ["a title", "fp32"]]
+    for row in rows:
+        assert len(row) == len(head) == 7
+        assert float(row[2].replace(",", "")) > 0  # images/s
+        assert re.fullmatch(r"\d+\.\d\d \(\d+\.\d\d to \d+\.\d\d\)", row[3])
+        assert re.fullmatch(r"-?\d+% \(-?\d+% to -?\d+%\)", row[5])
+    head, _, *rows = (line.strip("| ").split(" | ") for line in sizes.splitlines())
+    assert [row[:2] for row in rows] == [["1,000", "resident"], ["1,000", "mapped"]]
+    assert rows[0][3] == "1.00 (1.00 to 1.00)"
+    for row in rows:
+        assert len(row) == len(head) == 5
+        assert 50 < float(row[4].replace(",", "")) < 100_000  # MB: PyTorch alone takes some hundreds
+
+
 # README.md
 
 
