@@ -97,7 +97,7 @@ def parse_args(argv=None, known=None):
     model("--norm", choices=["none", "batch", "dropout"], default="none", help="batch: both; dropout: also in G (none)")
     model("--dropout", type=number(float, 0, 0.99), default=0.3, help="rate in D, and in G with --norm dropout (0.3)")
     adam("--lr-g", type=share, default=1e-3, help="Adam's rate for G (%(default)s)")
-    adam("--lr-d", type=share, default=1e-3, help="Adam's rate for D (%(default)s)")
+    adam("--lr-d", type=share, default=5e-4, help="Adam's rate for D (%(default)s)")
     adam("--betas", type=number(float, 0, 0.9999), nargs=2, default=[0.0, 0.99], help="Adam's decay rates (0 0.99)")
     adam("--adam-eps", type=number(float, 1e-20, 1), default=1e-8, help="Adam's epsilon (%(default)s)")
     adam("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: down to 0 (%(default)s)")
