@@ -72,6 +72,7 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 
 PLOTS = ["test_one_step_writes_everything", "test_mlp_gan_keeps_the_gradient_of_the_last_layer_of_each_epoch"]
 PLOTS += ["test_infogan_traversals_for_any_codes"]
+PLOTS += ["test_a_log_without_rows_is_drawn"]
 AXES = ["test_losses_png_has_the_losses_what_d_thinks_and_the_gradients", "test_cluster_error_and_its_table"]
 AXES += ["test_a_category_beyond_the_labels_is_not_called_a_label"]
 AXES += ["test_the_codes_of_the_digits_are_compared_with_their_factors"]
@@ -648,6 +649,12 @@ def test_losses_png_has_the_losses_what_d_thinks_and_the_gradients(script, digit
     thinks = set() if script is wgan_gp else {"d_real", "d_fake"}
     drawn = {"loss_d", "loss_g", "grad_norm_d", "grad_norm_g"} | thinks | own.get(script.__name__, set())
     assert labels - {None} == drawn
+
+
+def test_a_log_without_rows_is_drawn(script, pictures):
+    assert run_on_pictures(script, pictures, "r", "--max-steps", 1) == 0  # no epoch's end, and no step that is logged
+    assert log("r") == []
+    assert imageio.imread("r/losses.png").shape[1] > 1000
 
 
 def test_small_data_and_single_leftovers(script, pictures):
