@@ -190,7 +190,7 @@ def parse_args(argv=None, known=None):
     trick("--flip-labels", type=share, default=0, help="against a sure D: wrong labels for this share (off)")
     trick("--instance-noise", type=amount, default=0, help="noise on all that D sees, falling to 0: 1610.04490 (off)")
     trick("--dropout", type=number(float, 0, 0.99), default=0, help="in D, after activation: against overfitting (off)")
-    trick("--diffaugment", action="store_true", help="for few pictures: colour, shift, cut-out before D, 2006.10738 (off)")
+    trick("--diffaugment", action="store_true", help="for few pictures: colour, shift, cut-out, 2006.10738 (off)")
     args = parser.parse_args(argv, known)
     args.script, args.out = "dcgan", args.out or f"runs/dcgan-{args.dataset}"
     return args
