@@ -405,8 +405,34 @@ def test_sample_writes_single_pictures_of_their_own_size(script, copy_one_step, 
     assert [path.name for path in paths] == ["00000.png", "00001.png", "00002.png"]
     assert imageio.imread(paths[0]).shape == (8, 8, 3)
     first = [path.read_bytes() for path in paths]
+    script.main(["--out", "r", "--sample", "3"])
+    assert [path.read_bytes() for path in paths] == first  # by the seed alone
     script.main(["--out", "r", "--sample", "3", "--seed", "7"])
     assert [path.read_bytes() for path in paths] != first
+
+
+def test_sample_draws_other_noise_than_the_grid_has(script, copy_one_step, monkeypatch):
+    copy_one_step(script)
+    seeds = []
+
+    def spy(n, latent_dim, seed):
+        seeds.append(seed)
+        return common.fixed_noise(n, latent_dim, seed)
+
+    monkeypatch.setattr(script, "fixed_noise", spy)
+    script.main(["--out", "r", "--sample", "3", "--seed", "5"])
+    assert seeds == [6]
+
+
+def test_samples_gif_has_at_most_60_grids_and_holds_the_last(monkeypatch):
+    Path("samples").mkdir()
+    for step in range(150):
+        Path(f"samples/{step:06d}.png").write_text("")
+    monkeypatch.setattr(imageio, "imread", lambda path: int(path.stem))
+    made = []
+    monkeypatch.setattr(common, "save_gif", lambda path, frames, duration: made.extend(frames))
+    common.save_history(Path(), 149)
+    assert made == [*range(0, 150, 3), *[149] * 10]
 
 
 def damage(name):
@@ -1867,6 +1893,22 @@ def test_each_sweep_of_a_traversal_moves_one_number(monkeypatch):
     assert torch.equal(numbers[26], torch.stack([rest, sweep], 1))
     assert max(frame[:, 0].max().item() for frame in numbers[2:26]) == pytest.approx(2)
     assert not torch.cat(numbers[2:26])[:, 1].any()
+
+
+def test_the_traversal_of_a_categorical_code_moves_it_alone(monkeypatch):
+    seen = []
+
+    def sample(G, z):
+        seen.append(z)
+        return torch.zeros(len(z), 1, 28, 28, dtype=torch.uint8)
+
+    monkeypatch.setattr(infogan, "sample", sample)
+    infogan.save_traversals(None, infogan.parse_args(["--out", ".", "--categorical", "3", "4"]), "cpu")
+    first, second = (z[:, 16:23].split([3, 4], 1) for z in seen[:2])  # one-hot codes of the first two blocks
+    row = torch.arange(4)[:, None].expand(4, 9).flatten()
+    assert torch.equal(first[0].argmax(1), row[:27])
+    assert torch.equal(second[1].argmax(1), row)
+    assert not first[1].argmax(1).any() and not second[0].argmax(1).any()  # the other stays at category 0
 
 
 def test_the_sample_grid_has_a_category_a_row(pictures, monkeypatch):
