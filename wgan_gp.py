@@ -18,7 +18,7 @@ be too simple. spectral (1802.05957): the weights of each layer, as a matrix, ov
 times as fast; convolutions may still be steeper than 1. With both W has an unknown scale: compare it within a run.
     python wgan_gp.py                           # the built-in digits, no download
     python wgan_gp.py --dataset mnist --epochs 20
-    python wgan_gp.py --dataset mnist --epochs 20 --lr-g 1e-4 --lr-d 1e-4 --batch-size 64  # the paper's: FD 51, not 3
+    python wgan_gp.py --dataset mnist --epochs 20 --lr-g 1e-4 --lr-d 1e-4 --batch-size 64  # their Adam: FD 51, not 3
 What changes from dcgan.py: no probabilities, no batch norm in D, five D steps for each G step, residual networks, W in
 the log, also on pictures kept from training: a W much lower on them shows that D knows the others by heart.
 Where this differs from the papers (theirs in brackets): rates 1e-3, of D without gp 2e-4 (Adam 1e-4, RMSprop 5e-5);

@@ -180,7 +180,7 @@ def score(images, epoch, real, rows, folder):
     for i, found in enumerate((labels, real.labels)):
         shares = (torch.bincount(found, minlength=real.classes) / len(found)).numpy()
         histogram.bar(torch.arange(real.classes).numpy() + 0.4 * i, shares, 0.4, label=("samples", "expected")[i])
-    histogram.set(title=f"Classes, epoch {epoch}", xlabel="class", ylabel="share"), histogram.legend()
+    histogram.set(title=f"Classes, epoch {epoch}", xlabel="class", ylabel="share"), histogram.legend(loc="lower left")
     if curves.numel():
         figure.savefig(folder / "score.png", dpi=100)
     return images, fake
