@@ -65,13 +65,14 @@ class Discriminator(nn.Module):
         layers, channels = [], img_channels
         for width in hidden_channels:  # (B, 16, 14, 14), (B, 32, 7, 7)
             batch_norm = [nn.BatchNorm2d(width)] if layers else []  # not on the first
-            layers += [nn.Conv2d(channels, width, 4, 2, 1), *batch_norm, nn.LeakyReLU(0.2, True)]
+            layers += [nn.Conv2d(channels, width, 4, 2, 1, bias=False), *batch_norm, nn.LeakyReLU(0.2, True)]
             channels, img_size = width, img_size // 2
         layers += [Permute([0, 2, 3, 1]), nn.Flatten()]  # (B, 7 * 7 * 32), as in memory
-        layers += [nn.Linear(img_size**2 * channels, hidden), nn.BatchNorm1d(hidden), nn.LeakyReLU(0.2, True)]
-        self.trunk, self.classify = nn.Sequential(*layers), nn.Linear(hidden, 1)  # trunk: D and Q; classify: D
-        layers = [nn.Linear(hidden, 128), nn.BatchNorm1d(128), nn.LeakyReLU(0.2, True), nn.Linear(128, guesses)]
-        self.guess = nn.Sequential(*layers)  # Q's own
+        layers += [nn.Linear(img_size**2 * channels, hidden, bias=False), nn.BatchNorm1d(hidden)]  # (B, 512)
+        self.trunk = nn.Sequential(*layers, nn.LeakyReLU(0.2, True))  # D's and Q's
+        self.classify = nn.Linear(hidden, 1)  # D's own
+        layers = [nn.Linear(hidden, 128, bias=False), nn.BatchNorm1d(128), nn.LeakyReLU(0.2, True)]
+        self.guess = nn.Sequential(*layers, nn.Linear(128, guesses))  # Q's own
 
     def forward(self, x):
         x = self.trunk(x)
@@ -98,10 +99,10 @@ def continuous_bound(guesses, c, sizes, variance):
     log_q = -((c[:, sum(sizes) :] - mean) ** 2 / log_variance.exp() + log_variance + math.log(2 * math.pi)) / 2
     return (math.log(2) + log_q).mean(0).sum()
 
-def draw_codes(n, sizes, continuous, device="cpu"):
+def draw_codes(n, sizes, continuous, device="cpu", rng=None):
     """c (n, sum(sizes) + continuous): a random category, one-hot, for each of sizes, then numbers from [-1, 1]."""
-    categories = [one_hot(torch.randint(size, (n,), device=device), size) for size in sizes]
-    return torch.cat([*categories, 2 * torch.rand(n, continuous, device=device) - 1], 1)
+    categories = [one_hot(torch.randint(size, (n,), generator=rng, device=device), size) for size in sizes]
+    return torch.cat([*categories, 2 * torch.rand(n, continuous, generator=rng, device=device) - 1], 1)
 
 def augment(x, strength):
     """x (B, C, H, W), each picture scaled, slanted, turned and shifted at random."""
@@ -282,8 +283,7 @@ def generate(args, run):
     """--sample N: N single pictures in generated/, and all of them in generated.png."""
     G_ema = AveragedModel(build(args)[0])
     G_ema.load_state_dict(run["G_ema"])
-    torch.manual_seed(args.seed + 2)
-    c = draw_codes(args.sample, args.categorical, args.continuous)
+    c = draw_codes(args.sample, args.categorical, args.continuous, rng=torch.Generator().manual_seed(args.seed + 2))
     z = fixed_noise(args.sample, args.latent_dim, args.seed + 1)
     save_pictures(Path(args.out) / "generated", sample(G_ema, torch.cat([z, c], 1)))
 
@@ -305,7 +305,7 @@ def train(args, run):
     parts = {"G": G, "D": D, "G_ema": G_ema, "D_ema": D_ema, "opt_g": opt_g, "opt_d": opt_d}
     if args.compile:
         G.compile(), D.compile()
-    c = draw_codes(8 * sizes[0], sizes, args.continuous)
+    c = draw_codes(8 * sizes[0], sizes, args.continuous, rng=torch.Generator().manual_seed(args.seed + 3))
     c[:, : sizes[0]] = torch.eye(sizes[0]).repeat_interleave(8, 0)  # in the grid a row a category
     step, z_fixed = 0, torch.cat([fixed_noise(len(c), args.latent_dim, args.seed), c], 1).to(device)
     shuffled, n = epoch_order(len(images), len(images), args.seed, 0)[0], len(images) // 10

@@ -74,6 +74,7 @@ PLOTS = ["test_one_step_writes_everything", "test_mlp_gan_keeps_the_gradient_of_
 PLOTS += ["test_infogan_traversals_for_any_codes"]
 PLOTS += ["test_a_log_without_rows_is_drawn"]
 AXES = ["test_losses_png_has_the_losses_what_d_thinks_and_the_gradients", "test_cluster_error_and_its_table"]
+AXES += ["test_the_dark_line_is_the_running_mean_of_a_fortieth_of_the_log"]
 AXES += ["test_a_category_beyond_the_labels_is_not_called_a_label"]
 AXES += ["test_the_codes_of_the_digits_are_compared_with_their_factors"]
 AXES += ["test_the_plot_of_scores_shows_a_kernel_distance_below_0"]
@@ -677,6 +678,19 @@ def test_losses_png_has_the_losses_what_d_thinks_and_the_gradients(script, digit
     assert labels - {None} == drawn
 
 
+def test_the_dark_line_is_the_running_mean_of_a_fortieth_of_the_log(script, monkeypatch):
+    columns = METRICS + sum(OWN.values(), [])
+    rows = [",".join([str(step), *[str(step % 3)] * (len(columns) - 1)]) for step in range(1, 81)]  # 1, 2, 0, 1, ...
+    Path("log.csv").write_text("\n".join([",".join(columns), *rows]))
+    drawn = []
+    monkeypatch.setattr(matplotlib.axes.Axes, "plot", lambda *values, **kwargs: drawn.append((values[-2], kwargs)))
+    monkeypatch.setattr(matplotlib.axes.Axes, "legend", lambda self: None)
+    script.save_plots(Path(), *[torch.ones(1, 3)] * (script is mlp_gan))
+    means = [values for values, more in drawn if "label" in more]
+    assert len(means) > 3
+    assert all(values.tolist() == [1.0] * 78 for values in means)  # of 3 rows each
+
+
 def test_a_log_without_rows_is_drawn(script, pictures):
     assert run_on_pictures(script, pictures, "r", "--max-steps", 1) == 0  # no epoch's end, and no step that is logged
     assert log("r") == []
@@ -950,6 +964,16 @@ def test_dcgan_memory_layout_does_not_change_the_result():
         layer.register_forward_hook(lambda _, __, x: last.append(x.is_contiguous(memory_format=torch.channels_last)))
     D(G(z))
     assert all(last)
+
+
+@pytest.mark.parametrize("script", [dcgan, wgan_gp, infogan])
+def test_a_run_lays_its_convolutions_channels_last(script, pictures, monkeypatch):
+    built, build = [], script.build
+    monkeypatch.setattr(script, "build", lambda args: built.append(build(args)) or built[-1])
+    run_on_pictures(script, pictures, "r", "--max-steps", 1)
+    weights = [p for network in built[0] for p in network.parameters() if p.dim() == 4]
+    assert len(weights) >= 2
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
 
 
 def test_dcgan_losses_against_hand_computed_numbers():
@@ -1692,6 +1716,15 @@ def test_codes_are_uniform():
         assert values.abs().max() <= 1
         assert (values.sort().values - torch.linspace(-1, 1, 20_000)).abs().max() < 0.03
     assert torch.corrcoef(c[:, 7:].T)[0, 1].abs() < 0.03
+
+
+def test_the_codes_of_the_grid_do_not_depend_on_the_networks(pictures):
+    z = []
+    for width in (4, 5):
+        run_on_pictures(infogan, pictures, f"r{width}", "--max-steps", 1, "--hidden-channels", width)
+        z.append(checkpoint(f"r{width}")["z_fixed"])
+    assert torch.equal(*z)
+    assert z[0].unique(dim=0).shape == z[0].shape  # each cell has its own noise and numbers
 
 
 def test_the_bounds_split_guesses_and_codes_in_the_same_order():
