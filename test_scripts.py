@@ -663,6 +663,16 @@ def test_on_a_terminal_one_line_is_redrawn(script, pictures, capsys, monkeypatch
         assert len(line) < 80  # or a terminal would wrap it
 
 
+def test_images_per_second_and_minutes_left(script, pictures, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(script, "time", Mock(perf_counter=Mock(side_effect=itertools.count(0, 600))))  # 10 min a step
+    twice = {"wgan_gp": ["--critic-steps", 2], "infogan": []}.get(script.__name__, ["--d-steps", 2])
+    run_on_pictures(script, pictures, "r", "--epochs", 100, "--max-steps", 3, "--log-every", 1, *twice)
+    seen = 8 if script is infogan else 16  # in a step
+    assert [float(row["images_per_second"]) for row in log("r")] == pytest.approx([seen / 600] * 3, rel=1e-3)
+    assert re.findall(r"(\S+) min left", capsys.readouterr().out) == ["20.0", "10.0", "0.0"]
+
+
 def test_losses_png_has_the_losses_what_d_thinks_and_the_gradients(script, digits, monkeypatch):
     labels, plot = set(), matplotlib.axes.Axes.plot
 
@@ -1762,27 +1772,45 @@ def test_the_information_reaches_q_the_trunk_and_g_but_not_the_head_of_d():
         assert all(p.grad is None or p.grad.abs().sum() == 0 for p in D.classify.parameters())
 
 
-def test_the_weights_of_the_information_reach_both_steps(pictures, monkeypatch):
-    found, step = [], torch.optim.Adam.step
+def test_the_information_is_maximised_by_its_weights_in_both_steps(pictures, monkeypatch):
+    found, slopes, networks, step, build = [], [], [], torch.optim.Adam.step, infogan.build
 
-    def spy(self):
+    def spy_step(self):
         found.append(torch.cat([p.grad.flatten() for p in self.param_groups[0]["params"]]))
         return step(self)
 
-    monkeypatch.setattr(torch.optim.Adam, "step", spy)
+    def spy_build(args):
+        networks[:] = build(args)
+        return networks
+
+    def spy_bound(bound):
+        def spy(*args):
+            value, (G, D) = bound(*args), networks
+            turn = list(D.parameters() if D.classify.weight.requires_grad else G.parameters())
+            grads = torch.autograd.grad(value, turn, retain_graph=True, materialize_grads=True)
+            slopes.append(torch.cat([grad.flatten() for grad in grads]))
+            return value
+
+        return spy
+
+    monkeypatch.setattr(torch.optim.Adam, "step", spy_step)
+    monkeypatch.setattr(infogan, "build", spy_build)
+    for name in ("categorical_bound", "continuous_bound"):
+        monkeypatch.setattr(infogan, name, spy_bound(getattr(infogan, name)))
 
     def grads(cat, cont):
-        found.clear()
+        found.clear(), slopes.clear()
         flags = ["--info-weight-cat", cat, "--info-weight-cont", cont, "--precision", "fp32", "--overwrite"]
         run_on_pictures(infogan, pictures, "r", "--max-steps", 1, "--lr-d", 0, *flags)  # the same D in the G step
         return list(found)
 
     none = grads(0, 0)
-    for one, two in ((grads(1, 0), grads(2, 0)), (grads(0, 1), grads(0, 2))):
+    for weights in ((1, 0), (0, 2), (3, 1)):
+        both = grads(*weights)
         for i in range(2):  # the gradients of D, Q and their trunk in the D step, those of G in the G step
-            difference = one[i] - none[i]
-            assert difference.abs().max() > 1e-3
-            assert torch.allclose(two[i] - none[i], 2 * difference, atol=1e-4)
+            cat, cont = slopes[2 * i : 2 * i + 2]
+            assert min(cat.abs().max(), cont.abs().max()) > 1e-3
+            assert torch.allclose(none[i] - both[i], weights[0] * cat + weights[1] * cont, atol=1e-4)
 
 
 def test_augment_is_random_for_each_picture_and_differentiable():
