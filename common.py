@@ -82,9 +82,9 @@ def sample(G, z):
     """G(z) as uint8 (N, C, H, W) on the CPU. In training mode batch norm would make pictures depend on each other."""
     was_training = G.training
     G.eval()
-    x = torch.cat([G(chunk).float().cpu() for chunk in z.split(256)])  # (N, C, H, W) in [-1, 1]
+    x = [((G(chunk).float() + 1) * 127.5).round().clamp(0, 255).byte().cpu() for chunk in z.split(256)]
     G.train(was_training)
-    return ((x + 1) * 127.5).round().clamp(0, 255).byte()
+    return torch.cat(x)
 
 def grid(images, columns=8):
     """uint8 (N, C, H, W) -> one picture, uint8 (height, width, 3); small ones enlarged, those over 256 reduced."""

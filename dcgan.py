@@ -3,7 +3,6 @@ r"""DCGAN, the convolutional GAN of Radford, Metz and Chintala 2015, arXiv 1511.
 A generator G turns noise z into a picture; a discriminator D says how likely a picture is to be real. Each is trained
 against the other: ideally until D can no longer tell G(z) from the data x. DCGAN is the recipe that made this work with
 convolutions: strides in place of pooling, batch norm in both networks, ReLU in G, LeakyReLU in D.
-
     D maximises  log D(x) + log(1 - D(G(z)))    loss_d = -mean log D(x) - mean log(1 - D(G(z)))
     G maximises  log D(G(z))                    loss_g = -mean log D(G(z))
     python dcgan.py                             # the built-in digits, no download
@@ -219,7 +218,7 @@ def open_run(args, argv):
         for name, network in zip("GD", build(argparse.Namespace(**flags)), strict=True):
             network.load_state_dict(run[name])  # only to see if they fit
     except Exception as error:  # torch.load raises many kinds for a file that is not a checkpoint
-        raise Fault(f"{path} is missing, damaged or of other networks: change --out, or --overwrite it.") from error
+        raise Fault(f"{path} is missing, damaged or of other networks: start anew, with --overwrite alone.") from error
     free = {"epochs", "max_steps", "device", "data_dir", "out", "overwrite", "resume", "sample", args.sample and "seed"}
     for name, value in flags.items():
         if getattr(args, name) != value and name not in free | {"interpolate"}:
@@ -286,9 +285,9 @@ def train(args, run):
         torch.set_rng_state(run["rng"])
         rows = (out / "log.csv").read_text().splitlines()[1:] if (out / "log.csv").exists() else []
         log += [row for row in rows if row.count(",") == log[0].count(",") and int(row.split(",")[1]) <= step]
-    elif args.overwrite:
-        for path in [*out.glob("checkpoint.pt"), *out.glob("samples/[0-9]*.png"), *out.glob("generators/*.pt")]:
-            path.unlink()  # what is left of the run that is replaced
+    elif (out / "args.json").exists():  # --overwrite: what would be left of the run that is replaced
+        for name in ("checkpoint.pt", "generated.png", "samples/[0-9]*.png", "generat*/*[0-9].p*"):
+            list(map(Path.unlink, sorted(out.glob(name))))
     (out / "samples").mkdir(parents=True, exist_ok=True)
     imageio.imwrite(out / "real.png", grid(images[:: len(images) // 64 or 1][:64].cpu()))
     imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed[:64])))
@@ -381,7 +380,9 @@ def main(argv=None):
     try:
         args = parse_args(argv)
         return (generate if args.sample else train)(args, open_run(args, argv)) or 0  # open_run puts flags into args
-    except (Fault, OSError, MemoryError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+    except (Fault, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error) and not args.compile:
+            raise  # a mistake in the code
         print("dcgan.py:", str(error).partition("\n")[0] or f"stopped by a {type(error).__name__}", file=sys.stderr)
         return 2 if isinstance(error, Misuse) else 1
 

@@ -3,12 +3,9 @@ r"""InfoGAN, of Chen et al. 2016, arXiv 1606.03657: codes that come to mean some
 G gets noise z and a code c: one of ten categories, and two numbers. A third network Q, which is D with last layers of
 its own, guesses c from the fake x. G is rewarded if Q guesses right, so that c has to show in x: the category as the
 digit, the numbers as slant or width. The reward L is a lower bound of the mutual information I, as KL(P || Q) >= 0:
-
     I(c; x) = H(c) - H(c|x) = H(c) + E log P(c|x) >= H(c) + E log Q(c|x) = L    for x = G(z, c), P the true posterior
-
     D and Q maximise  log D(x_real) + log(1 - D(G(z, c))) + weight * L
     G maximises       log D(G(z, c)) + weight * L
-
 For ten categories, guessed perfectly, L is ln 10 = 2.303 nats. loss_d and loss_g in the log are those of the GAN alone.
     python infogan.py                           # the built-in digits, no download
     python infogan.py --dataset mnist --epochs 20
@@ -195,7 +192,7 @@ def open_run(args, argv):
         for name, network in zip("GD", build(argparse.Namespace(**flags)), strict=True):
             network.load_state_dict(run[name])  # only to see if they fit
     except Exception as error:  # torch.load raises many kinds for a file that is not a checkpoint
-        raise Fault(f"{path} is missing, damaged or of other networks: change --out, or --overwrite it.") from error
+        raise Fault(f"{path} is missing, damaged or of other networks: start anew, with --overwrite alone.") from error
     free = {"epochs", "max_steps", "device", "data_dir", "out", "overwrite", "resume", "sample", args.sample and "seed"}
     for name, value in flags.items():
         if getattr(args, name) != value and name not in free:
@@ -325,9 +322,10 @@ def train(args, run):
         torch.set_rng_state(run["rng"])
         rows = (out / "log.csv").read_text().splitlines()[1:] if (out / "log.csv").exists() else []
         log += [row for row in rows if row.count(",") == log[0].count(",") and int(row.split(",")[1]) <= step]
-    elif args.overwrite:
-        for path in [*out.glob("checkpoint.pt"), *out.glob("samples/[0-9]*.png"), *out.glob("generators/*.pt")]:
-            path.unlink()  # what is left of the run that is replaced
+    elif (out / "args.json").exists():  # --overwrite: what would be left of the run that is replaced
+        pictures = "generated.png", "factors.png", "traversal.gif", "samples/[0-9]*.png", "generated/[0-9]*.png"
+        for name in ("checkpoint.pt", *pictures, "generators/*.pt"):
+            list(map(Path.unlink, sorted(out.glob(name))))
     (out / "samples").mkdir(parents=True, exist_ok=True)
     imageio.imwrite(out / "real.png", grid(images[:: len(images) // 64 or 1][:64].cpu()))
     imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed)))
@@ -420,7 +418,9 @@ def main(argv=None):
     try:
         args = parse_args(argv)
         return (generate if args.sample else train)(args, open_run(args, argv)) or 0  # open_run puts flags into args
-    except (Fault, OSError, MemoryError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+    except (Fault, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error) and not args.compile:
+            raise  # a mistake in the code
         print("infogan.py:", str(error).partition("\n")[0] or f"stopped by a {type(error).__name__}", file=sys.stderr)
         return 2 if isinstance(error, Misuse) else 1
 

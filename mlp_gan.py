@@ -2,7 +2,6 @@ r"""The first GAN, of Goodfellow et al. 2014, arXiv 1406.2661, with fully connec
 
 Two networks play a game: the generator G turns noise z into a picture, the discriminator D says how likely a picture is
 to be real. D learns to tell pictures of the data, x, from G's, and G learns to be mistaken for the data.
-
     D maximises  log D(x) + log(1 - D(G(z)))    loss_d = -mean log D(x) - mean log(1 - D(G(z)))
     G maximises  log D(G(z))                    loss_g = -mean log D(G(z))       (--loss nonsaturating)
     or minimises log(1 - D(G(z)))               loss_g = mean log(1 - D(G(z)))   (--loss minimax)
@@ -135,7 +134,7 @@ def open_run(args, argv):
         for name, network in zip("GD", build(argparse.Namespace(**flags)), strict=True):
             network.load_state_dict(run[name])  # only to see if they fit
     except Exception as error:  # torch.load raises many kinds for a file that is not a checkpoint
-        raise Fault(f"{path} is missing, damaged or of other networks: change --out, or --overwrite it.") from error
+        raise Fault(f"{path} is missing, damaged or of other networks: start anew, with --overwrite alone.") from error
     free = {"epochs", "max_steps", "device", "data_dir", "out", "overwrite", "resume", "sample", args.sample and "seed"}
     for name, value in flags.items():
         if getattr(args, name) != value and name not in free:
@@ -161,12 +160,11 @@ def save_plots(out, gradients):
             axes.legend(), axes.locator_params("x", nbins=5)
         axes.set(title=title, xlabel="step (dark: running mean)", ylabel=ylabel, **more)
     figure.savefig(out / "losses.png", dpi=100)
-    figure, every = Figure(figsize=(8, 5), layout="constrained"), len(gradients) // 12 + 1
-    axes, epochs = figure.subplots(), range(1, len(gradients) + 1, every)
-    for epoch, row in zip(epochs, gradients[::every].abs().clamp(min=1e-12).log10(), strict=True):
-        axes.violinplot(row, [epoch], orientation="horizontal", side="high", widths=2.5 * every, showextrema=False)
+    axes, gap = Figure(figsize=(8, 5), layout="constrained").subplots(), len(gradients) // 12 + 1
+    for i, row in enumerate(gradients[::gap].abs().clamp(min=1e-12).log10()):
+        axes.violinplot(row, [1 + i * gap], orientation="horizontal", side="high", widths=2.5 * gap, showextrema=False)
     axes.set(title="Gradients of D's last layer", xlabel="log10 of their size", ylabel="epoch", xlim=(-9, 1))
-    figure.savefig(out / "gradients.png", dpi=100)
+    axes.figure.savefig(out / "gradients.png", dpi=100)
 
 def generate(args, run):
     """--sample N: N single pictures in generated/, and all of them in generated.png."""
@@ -204,9 +202,9 @@ def train(args, run):
         torch.set_rng_state(run["rng"])
         rows = (out / "log.csv").read_text().splitlines()[1:] if (out / "log.csv").exists() else []
         log += [row for row in rows if row.count(",") == log[0].count(",") and int(row.split(",")[1]) <= step]
-    elif args.overwrite:
-        for path in [*out.glob("checkpoint.pt"), *out.glob("samples/[0-9]*.png"), *out.glob("generators/*.pt")]:
-            path.unlink()  # what is left of the run that is replaced
+    elif (out / "args.json").exists():  # --overwrite: what would be left of the run that is replaced
+        for name in ("checkpoint.pt", "generated.png", "samples/[0-9]*.png", "generat*/*[0-9].p*"):
+            list(map(Path.unlink, sorted(out.glob(name))))
     (out / "samples").mkdir(parents=True, exist_ok=True)
     imageio.imwrite(out / "real.png", grid(images[:: len(images) // 64 or 1][:64].cpu()))
     imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed[:64])))
@@ -292,7 +290,9 @@ def main(argv=None):
     try:
         args = parse_args(argv)
         return (generate if args.sample else train)(args, open_run(args, argv)) or 0  # open_run puts flags into args
-    except (Fault, OSError, MemoryError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+    except (Fault, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error) and not args.compile:
+            raise  # a mistake in the code
         print("mlp_gan.py:", str(error).partition("\n")[0] or f"stopped by a {type(error).__name__}", file=sys.stderr)
         return 2 if isinstance(error, Misuse) else 1
 

@@ -355,11 +355,40 @@ def test_a_run_never_writes_over_another(script, pictures, capsys):
     assert [path.stem for path in sorted(Path("r/samples").iterdir())] == ["000000", "000001", "000002", "000003"]
 
 
-def test_nothing_that_is_not_of_a_run_is_deleted(script, pictures):
+@pytest.mark.parametrize("flags", [[], ["--overwrite"]])
+def test_nothing_that_is_not_of_a_run_is_deleted(script, pictures, flags):
     Path("r/samples").mkdir(parents=True)
-    Path("r/samples/cat.png").write_bytes(b"mine")
-    assert run_on_pictures(script, pictures, "r", "--max-steps", 1) == 0
-    assert Path("r/samples/cat.png").read_bytes() == b"mine"
+    for name in ("cat.png", "7.png"):
+        Path("r/samples", name).write_bytes(b"mine")
+    assert run_on_pictures(script, pictures, "r", "--max-steps", 1, *flags) == 0
+    assert {Path("r/samples", name).read_bytes() for name in ("cat.png", "7.png")} == {b"mine"}
+
+
+def test_overwrite_leaves_nothing_of_the_old_run(script, pictures, copy_one_step):
+    copy_one_step(script)
+    script.main(["--out", "r", "--sample", "1"])
+    old = ["samples/000007.png", "generators/epoch_007.pt", "generated.png", "generated/00000.png"]
+    old += ["factors.png", "traversal.gif"] * (script is infogan)
+    Path("r/generators").mkdir()
+    for name in old:
+        Path("r", name).write_bytes(b"old")
+    flags = ["--continuous", 0] if script is infogan else []
+    assert run_on_pictures(script, pictures, "r", "--max-steps", 1, "--overwrite", *flags) == 0
+    assert not any(Path("r", name).exists() for name in old)
+
+
+@pytest.mark.parametrize("told", ["[enforce fail at alloc_cpu.cpp:127] CPUAllocator: can't allocate memory", ""])
+def test_out_of_memory_is_one_sentence_and_a_mistake_in_the_code_is_not(script, digits, capsys, monkeypatch, told):
+    def load_data(*args):
+        raise RuntimeError(told or "shapes cannot be multiplied\nand so on")
+
+    monkeypatch.setattr(script, "load_data", load_data)
+    if told:
+        assert "memory" in refusal(capsys, run(script), [1])
+    else:
+        with pytest.raises(RuntimeError, match="multiplied"):
+            run(script)
+        assert "multiplied" in refusal(capsys, run(script, "--compile"), [1])  # no compiler: also one of many kinds
 
 
 def test_ctrl_c_makes_one_more_step_saves_and_can_be_resumed(script, pictures, monkeypatch):
@@ -1564,6 +1593,27 @@ def test_gp_draws_the_slope_towards_one(pictures):
     assert 0.7 < float(log("r")[-1]["critic_grad_norm"]) < 1.3
     run_on_pictures(wgan_gp, pictures, "s", "--epochs", 40, "--lr-d", 5e-3, "--lr-g", 0, "--gp-weight", 0)
     assert float(log("s")[-1]["critic_grad_norm"]) > 3
+
+
+def test_the_estimates_of_w_are_of_the_last_batch_and_of_the_pictures_held_out(digits, monkeypatch):
+    forward, seen = wgan_gp.Critic.forward, []
+
+    def spy(self, x):
+        scores = forward(self, x)
+        if not self.training:
+            seen.append((x, scores))
+        return scores
+
+    monkeypatch.setattr(wgan_gp.Critic, "forward", spy)
+    run(wgan_gp, "--data-dir", digits, "--max-steps", 1, "--log-every", 1, "--out", "r", "--seed", 5)
+    _, (_, real), (_, fake), *held = seen  # the first is on the way between real and fake
+    (row,), images = log("r"), common.load_digits("digits", Path(digits), None, None).images
+    assert float(row["wasserstein"]) == pytest.approx((real.mean() - fake.mean()).item(), rel=1e-4)
+    scores = torch.cat([scores for _, scores in held])
+    assert float(row["wasserstein_heldout"]) == pytest.approx((scores.mean() - fake.mean()).item(), rel=1e-4)
+    held_out = common.epoch_order(3000, 3000, 5, 0)[0][:300]
+    assert torch.equal(torch.cat([x for x, _ in held]), common.to_batch(images, held_out))
+    assert max(len(x) for x, _ in held) <= 256  # all at once take ten times the memory of a batch
 
 
 def test_each_step_makes_exactly_critic_steps_updates_on_new_pictures_and_fresh_noise(pictures, monkeypatch):

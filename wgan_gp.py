@@ -3,14 +3,10 @@ r"""WGAN and WGAN-GP: Arjovsky et al. 2017, arXiv 1701.07875, and Gulrajani et a
 How far is it from G's pictures to the data, if all probability has to be carried there, at a cost of mass x distance?
 This Wasserstein distance W shrinks as G improves, also where a discriminator tells both apart with certainty, so that
 its gradient vanishes. By the dual of Kantorovich and Rubinstein
-
     W = max over D with |D(x) - D(y)| <= |x - y| for all x, y   of   E D(x) - E D(G(z))
-
 so that a critic D, which returns a score and no probability, is trained to measure it, and G to make it small:
-
     D maximises  E D(x) - E D(G(z))   loss_d = mean D(G(z)) - mean D(x) + 10 mean (|grad D(x_mix)| - 1)^2
     G maximises  E D(G(z))            loss_g = -mean D(G(z)), whose zero has no meaning: it may drift
-
 D must be 1-Lipschitz, nowhere steeper than 1; the best D has |grad D| = 1 along the lines of an optimal transport.
 --lipschitz chooses how. gp: a penalty on slopes other than 1 at x_mix, random points between random real-fake pairs; it
 needs the gradient of a gradient. clip: weights within 0.05, with RMSprop and layer norm, 1.4 times as fast; D tends to
@@ -208,7 +204,7 @@ def open_run(args, argv):
         for name, network in zip("GD", build(argparse.Namespace(**flags)), strict=True):
             network.load_state_dict(run[name])  # only to see if they fit
     except Exception as error:  # torch.load raises many kinds for a file that is not a checkpoint
-        raise Fault(f"{path} is missing, damaged or of other networks: change --out, or --overwrite it.") from error
+        raise Fault(f"{path} is missing, damaged or of other networks: start anew, with --overwrite alone.") from error
     free = {"epochs", "max_steps", "device", "data_dir", "out", "overwrite", "resume", "sample", args.sample and "seed"}
     for name, value in flags.items():
         if getattr(args, name) != value and name not in free:
@@ -278,9 +274,9 @@ def train(args, run):
         torch.set_rng_state(run["rng"])
         rows = (out / "log.csv").read_text().splitlines()[1:] if (out / "log.csv").exists() else []
         log += [row for row in rows if row.count(",") == log[0].count(",") and int(row.split(",")[1]) <= step]
-    elif args.overwrite:
-        for path in [*out.glob("checkpoint.pt"), *out.glob("samples/[0-9]*.png"), *out.glob("generators/*.pt")]:
-            path.unlink()  # what is left of the run that is replaced
+    elif (out / "args.json").exists():  # --overwrite: what would be left of the run that is replaced
+        for name in ("checkpoint.pt", "generated.png", "samples/[0-9]*.png", "generat*/*[0-9].p*"):
+            list(map(Path.unlink, sorted(out.glob(name))))
     (out / "samples").mkdir(parents=True, exist_ok=True)
     imageio.imwrite(out / "real.png", grid(images[:: len(images) // 64 or 1][:64].cpu()))
     imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed[:64])))
@@ -329,12 +325,12 @@ def train(args, run):
             if logging:  # D after its last update; loss_d and norm_d are from before it
                 speed = (step - first) / (time.perf_counter() - started)  # steps a second
                 D.eval()  # spectral norm improves its estimate at each call in training mode
-                with torch.random.fork_rng(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                with torch.random.fork_rng([]), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     slope = slopes(D.forward, x_real, x_fake).detach()  # (B,); .forward is not compiled
-                    real, heldout, fake = (D(x).mean() for x in (x_real, to_batch(images, held_out, device), x_fake))
+                    real, fake, *held = (D(x) for x in (x_real, x_fake, *to_batch(images, held_out, device).split(256)))
                 D.train()
-                row = [loss_d, loss_g, norm_d, norm_g, real - fake, heldout - fake, (slope - 1).square().mean()]
-                row = torch.stack([*row, slope.mean()]).tolist()
+                row = [loss_d, loss_g, norm_d, norm_g, real.mean() - fake.mean(), torch.cat(held).mean() - fake.mean()]
+                row = torch.stack([*row, (slope - 1).square().mean(), slope.mean()]).tolist()
                 row.insert(4, speed * batch_size * args.critic_steps)
                 for name, value in zip(log[0].split(",")[2:], row, strict=True):
                     if not math.isfinite(value):
@@ -372,7 +368,9 @@ def main(argv=None):
     try:
         args = parse_args(argv)
         return (generate if args.sample else train)(args, open_run(args, argv)) or 0  # open_run puts flags into args
-    except (Fault, OSError, MemoryError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+    except (Fault, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error) and not args.compile:
+            raise  # a mistake in the code
         print("wgan_gp.py:", str(error).partition("\n")[0] or f"stopped by a {type(error).__name__}", file=sys.stderr)
         return 2 if isinstance(error, Misuse) else 1
 
