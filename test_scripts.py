@@ -77,7 +77,7 @@ AXES = ["test_losses_png_has_the_losses_what_d_thinks_and_the_gradients", "test_
 AXES += ["test_the_dark_line_is_the_running_mean_of_a_fortieth_of_the_log"]
 AXES += ["test_a_category_beyond_the_labels_is_not_called_a_label"]
 AXES += ["test_the_codes_of_the_digits_are_compared_with_their_factors"]
-AXES += ["test_the_plot_of_scores_shows_a_kernel_distance_below_0"]
+AXES += ["test_the_plot_of_scores_shows_a_kernel_distance_below_0", "test_score_runs_end_to_end_on_a_one_step_run"]
 GIFS = [*PLOTS, "test_snapshots_and_sample_grids", "test_interpolation_gif_follows_the_flag"]
 GIFS += ["test_resume_along_another_path_changes_interpolation_gif_alone"]
 
@@ -2531,6 +2531,8 @@ def test_the_balance_and_the_modes_of_a_hand_made_set():
     assert score.balance(torch.tensor([0] * 50 + [1] * 50), expected, 2) == (0, 2)
     kl, classes = score.balance(torch.tensor([0] * 100), expected, 2)
     assert kl == pytest.approx(math.log(2))
+    few = torch.randint(80, (500,), generator=torch.Generator().manual_seed(0))
+    assert score.balance(few, few, 1000)[0] < 0.01  # also where most classes are empty
     assert classes == 1
     modes = torch.tensor([0, 0, 7, 999])
     assert score.balance(modes, torch.arange(1000), 1000)[1] == 3
@@ -2568,6 +2570,68 @@ def test_score_runs_end_to_end_on_a_one_step_run(script, few_digits):
     assert [float(row["kl"]) < 0.1 for row in rows[1:]] == [True, True, False]
     assert imageio.imread("r/nearest.png").shape[1] == imageio.imread("r/real.png").shape[1]
     assert Path("r/score.png").exists()
+    one, two = (score.draw("r/checkpoint.pt", 9)[0] for _ in range(2))
+    assert torch.equal(one, two)
+
+
+def test_score_compares_with_the_data_of_the_run_or_with_those_that_dataset_names(pictures, monkeypatch):
+    flags = ["--dataset", "folder", "--data-dir", pictures, "--img-size", 8, "--background", "red", "--out", "r"]
+    run(mlp_gan, *flags, "--max-steps", 1)
+    flags = json.loads(Path("r/args.json").read_text())
+    Path("r/args.json").write_text(json.dumps(flags | {"classes": [1, 2]}))
+    asked = []
+
+    def reference(*args):
+        asked.append(args)
+        raise common.Fault("asked")
+
+    monkeypatch.setattr(score, "reference", reference)
+    for more in ([], ["--dataset", "mnist"], ["--dataset", "mnist", "--data-dir", "d", "--features", "inception"]):
+        assert score.main(["r", *more]) == 1
+    assert asked[0] == ("folder", pictures, 8, (1, 2), "red", False)
+    assert asked[1:] == [("mnist", "data", 8, (), "white", False), ("mnist", "d", 8, (), "white", True)]
+
+
+def test_score_of_stacked_digits_counts_modes_of_26_000_samples(monkeypatch):
+    shades = (torch.arange(10) * 255 // 9).byte().view(10, 1, 1, 1).expand(-1, 1, 8, 8)  # a picture for each digit
+    digits = common.Data(shades, torch.arange(10))
+    monkeypatch.setitem(score.DATASETS, "mnist", lambda *_, **__: digits)
+    triples = torch.cartesian_prod(*[torch.arange(10)] * 3)
+    train = common.Data(shades[triples].squeeze(2), triples @ torch.tensor([100, 10, 1]))
+    for module in (mlp_gan, score):
+        monkeypatch.setattr(module, "load_data", lambda *_: train)
+    monkeypatch.setattr(score, "load_classifier", lambda *_: nearest_shade())
+    monkeypatch.setattr(score, "precision_recall", lambda *_: (0.5, 0.5))  # of 10,000, which takes seconds
+    score.reference.cache_clear()
+    run(mlp_gan, "--dataset", "stacked-mnist", "--max-steps", 1, "--out", "r")
+    (samples, _), asked, draw = score.draw("r/checkpoint.pt", 26_000), [], score.draw
+    monkeypatch.setattr(score, "draw", lambda path, n: asked.append(n) or draw(path, n))
+    assert score.main(["r"]) == 0
+    assert asked == [26_000]
+    (row,), labels = scores("r"), score.extract(nearest_shade(), samples)[1]
+    assert int(row["classes"]) == len(labels.unique())
+    modes = train.labels.unique()
+    assert float(row["kl"]) == pytest.approx(score.balance(labels, modes, 1000)[0], rel=1e-3)
+    assert len(score.reference("stacked-mnist", "data", 8, (), "white", False).held) == 26_000
+
+
+def test_precision_and_recall_do_not_depend_on_the_order_of_the_pictures(tmp_path):
+    eyes = nearest_shade()
+    images = torch.tensor([0, 255], dtype=torch.uint8).repeat_interleave(300).view(600, 1, 1, 1).expand(-1, 3, 8, 8)
+    held, labels = score.extract(eyes, images)
+    known = {"train": images, "seen": held, "held": held, "labels": labels, "order": torch.arange(600), "classes": 1000}
+    for some in (images[::2], images[:400], images[200:]):  # both are in each, sorted; the first 300 of held are alike
+        rows = []
+        score.score(some, "pictures", argparse.Namespace(eyes=eyes, **known), rows, tmp_path)
+        assert rows[0][5:7] == [1, 1]
+
+
+def test_ctrl_c_ends_watching_as_it_should_and_scoring_as_a_fault(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(score, "score_folder", interrupted)
+    assert (score.main(["r", "--watch"]), score.main(["r"])) == (0, 1)
 
 
 def test_score_of_snapshots_of_folders_and_of_several_runs(few_digits, capsys):
@@ -2597,7 +2661,7 @@ def test_the_plot_of_scores_shows_a_kernel_distance_below_0(few_digits, monkeypa
     monkeypatch.setattr(score, "Figure", Seen)
     monkeypatch.setattr(score, "kid", lambda *_: (-0.01, 0.001))
     run(mlp_gan, "--max-steps", 1, "--out", "r")
-    assert score.main(["r", "--samples", "100"]) == 0
+    assert score.main(["r", "--samples", "100", "--sanity"]) == 0  # which adds to the table, not to the plot
     fd, kid, share, _ = (axes.get_ylim()[0] for axes in drawn)
     assert (fd, share) == (0, 0)
     assert kid < -0.01
@@ -2643,8 +2707,8 @@ def test_score_without_labels_asks_for_inception_and_says_where_its_weights_are_
             return self.fc(x.mean((2, 3)))
 
     monkeypatch.setattr(score, "inception_v3", Net)
-    assert score.main(["r", "--features", "inception", "--samples", "8"]) == 0
-    assert float(scores("r")[0]["fd"]) > 0
+    assert score.main(["r", "--features", "inception", "--samples", "13"]) == 0
+    assert float(scores("r")[0]["fd"]) > float(scores("r")[0]["fd_floor"]) > 1e-6  # the floor is of the other half
     train = common.load_data("folder", pictures, 8)
     monkeypatch.setattr(score, "load_data", lambda *_: train._replace(images=train.images[:6]))  # 3 are held out
     score.reference.cache_clear()
@@ -2707,14 +2771,18 @@ def test_score_of_the_snapshots_of_a_colour_run_makes_them_grey(few_digits, pict
     assert len(scores("r")) == 2
 
 
-def test_the_classifier_of_stacked_digits_reads_each_channel():
+def nearest_shade():
+    """A classifier of stacked pictures, each filled with one of 10 shades."""
     brightness = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())  # -1 to 1 for the digits 0 to 9
-    digit = nn.Linear(1, 10)
+    digit = nn.Linear(1, 10).requires_grad_(False)
     digit.weight.data = torch.linspace(-1, 1, 10)[:, None]  # the digit of nearest brightness has the highest logit
     digit.bias.data = -digit.weight.data.squeeze(1) ** 2 / 2
+    return nn.Sequential(brightness, digit)
+
+
+def test_the_classifier_of_stacked_digits_reads_each_channel():
     images = torch.tensor([[3, 0, 7], [9, 9, 1]])[:, :, None, None].expand(-1, -1, 4, 4) * 255 // 9
-    eyes = nn.Sequential(brightness, digit)
-    features, labels = score.extract(eyes, images.byte())
+    features, labels = score.extract(nearest_shade(), images.byte())
     assert features.shape == (2, 3)
     assert labels.tolist() == [307, 991]
 
@@ -2730,6 +2798,76 @@ def test_speed_times_the_script_and_what_it_is_compared_with(name):
     for (ratio,), (ready,), (over,), (adam,), (speed_of_it,) in found.values():
         assert min(ratio, ready, speed_of_it) > 0
         assert math.isfinite(over + adam)  # differences: below 0 if the machine was busy
+
+
+def test_the_columns_of_speed(monkeypatch):
+    args = wgan_gp.parse_args([*TINY["wgan_gp"], "--critic-steps", "5", "--batch-size", "10"])
+    args.img_size, args.img_channels = 8, 1
+    monkeypatch.setattr(speed, "run_script", lambda *_: (2.0, args))
+    took = Mock(side_effect=[6.0, 4.0, 1.0, 1.25, 0.5, 0.75])  # plain, batch ready, bound, with Adam; the last in fp32
+    monkeypatch.setattr(speed, "seconds", took)
+    found = speed.measure("wgan_gp", "", common.Data(torch.zeros(20, 1, 8, 8, dtype=torch.uint8)), steps=1, rounds=1)
+    assert found["bf16"] == [[3.0], [2.0], [0.75], [0.25], [25.0]]
+    assert found["fp32"] == [[3.0], [2.0], [2.5], [0.5], [25.0]]
+
+
+def test_a_step_is_timed_from_one_loss_to_the_next_without_the_first(digits, monkeypatch):
+    monkeypatch.setattr(speed, "time", Mock(perf_counter=Mock(side_effect=itertools.count())))
+    data = common.Data(torch.zeros(200, 1, 8, 8, dtype=torch.uint8))
+    took, args = speed.run_script(mlp_gan, TINY["mlp_gan"], data, steps=2)
+    assert took == 1
+    assert args.batch_size == 64
+
+
+@pytest.mark.parametrize("critic_steps", [1, 3])
+def test_the_steps_that_are_timed(critic_steps):
+    calls, G, D = [], nn.Linear(2, 3), nn.Linear(3, 1)
+
+    def loss_d(D, real, fake):
+        calls.append(("D", D.weight.requires_grad, fake.requires_grad))
+        return [D(real).mean(), D(fake).mean()]
+
+    def loss_g(D, fake):
+        calls.append(("G", D.weight.requires_grad, fake.requires_grad))
+        return D(fake).mean()
+
+    class Optimiser:
+        def __init__(self, name):
+            self.zero_grad, self.step = (lambda: None), lambda: calls.append(f"{name} updated")
+
+    def draw(*size):
+        return lambda: torch.randn(*size)
+
+    parts = draw(4, 3), draw(4, 2), loss_d, loss_g, critic_steps
+    speed.plain_step(G, D, Optimiser("G"), Optimiser("D"), *parts)
+    assert calls == [("D", True, False), "D updated"] * critic_steps + [("G", True, True), "G updated"]
+    calls.clear()
+    updated = []
+    parts = draw(4, 3)(), draw(4, 2)(), loss_d, loss_g, critic_steps, contextlib.nullcontext, updated.append
+    speed.bound_step(G, D, *parts)
+    assert calls == [("D", True, False)] * critic_steps + [("G", False, True)]  # D's weights are frozen
+    assert updated == [D] * critic_steps + [G]
+    assert all(p.grad.abs().sum() > 0 for p in [*G.parameters(), *D.parameters()])
+
+
+def test_the_plain_loop_has_the_penalties_of_the_script():
+    x_real, x_fake = torch.rand(2, 4, 1, 8, 8) * 2 - 1
+    for script, flags in ((wgan_gp, ["--gp-weight", "7"]), (dcgan, ["--r1", "3", "--init", "default"])):
+        args = script.parse_args([*TINY[script.__name__], *flags])
+        args.img_size, args.img_channels = 8, 1
+        _, D = script.build(args)
+        loss_d, loss_g = speed.losses(script, args)
+        torch.manual_seed(1)
+        found = sum(loss_d(D, x_real.clone(), x_fake)).item()
+        torch.manual_seed(1)
+        if script is wgan_gp:
+            expected = wgan_gp.critic_loss(D(x_real), D(x_fake)) + 7 * wgan_gp.gradient_penalty(D, x_real, x_fake)
+            assert loss_g(D, x_fake).item() == pytest.approx(wgan_gp.generator_loss(D(x_fake)).item(), rel=1e-5)
+        else:
+            x = x_real.clone().requires_grad_()
+            logits = D(x)
+            expected = dcgan.discriminator_loss(logits, D(x_fake)) + 1.5 * dcgan.r1_penalty(logits, x)
+        assert found == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["mlp_gan", "dcgan", "infogan"])

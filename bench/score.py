@@ -6,18 +6,17 @@
     python bench/score.py runs/dcgan-mnist --watch             # the snapshots, beside a training, to Ctrl-C
     python bench/score.py some/folder/of/pngs --dataset mnist  # pictures from anywhere
     python bench/score.py --sanity --dataset mnist             # real images, blurred ones and noise
-
 Writes score.csv, nearest.png (16 samples, each before the three nearest training images) and, of a run, score.png.
 Features are the last hidden layer of a small classifier of the data set, trained once on its labels, seeded, kept in
 --data-dir: fd is no FID. All is measured against test images, which neither G nor the classifier has seen; without
 labels, by --features inception, against half of the images that G has seen.
-
     fd, fd_floor       Frechet distance (Heusel et al. 2017, 1706.08500); that of as many training images, or of all
     kid, kid_se        unbiased squared MMD (Binkowski et al. 2018, 1801.01401), kernel (x.y / u + 1)^3, where u is the
                        mean x.x of real images, in place of the number of features; and its standard error
-    precision, recall  share of samples as near to a real image as its 3rd neighbour is; the reverse (2019, 1904.06991)
-    kl, classes        divergence of the samples' classes from the test images' in nats; how many classes 1 sample in
-                       100 has. For stacked-mnist: from uniform; how many of 1,000 modes any of 26,000 samples has
+    precision, recall  share of samples as near to a real image as its 3rd neighbour is; the reverse (2019, 1904.06991),
+                       of as many of each: compare them at the same number, of some thousands (fewer: too much is near)
+    kl, classes        divergence of the samples' classes from the test images', in nats; how many 1 sample in 100 has
+                       (inception: any). stacked-mnist: from uniform; how many of 1,000 modes any of 26,000 samples has
 """
 import argparse
 import contextlib
@@ -55,7 +54,7 @@ def extract(eyes, images):
     eyes[0] makes (B, channels, H, W) in [-1, 1] features, eyes[1] makes these logits; both must be frozen."""
     conv = next(eyes.parameters())  # of the first layer: (outputs, channels, ...)
     rows = images.expand(-1, max(images.shape[1], conv.shape[1]), -1, -1).reshape(-1, conv.shape[1], *images.shape[2:])
-    features = torch.cat([eyes[0](to_batch(rows, index, conv.device)) for index in torch.arange(len(rows)).split(500)])
+    features = torch.cat([eyes[0](to_batch(rows, index, conv.device)) for index in torch.arange(len(rows)).split(100)])
     labels = eyes[1](features).argmax(1).cpu().view(len(images), -1)  # (N, digits in an image)
     return features.cpu().view(len(images), -1), labels @ torch.tensor([100, 10, 1])[-labels.shape[1] :]
 
@@ -119,7 +118,7 @@ def precision_recall(real, fake, k=3):
 def balance(found, expected, classes):
     """KL of the labels found from those expected, in nats; and the classes with 1 label in 100, or any if 1,000."""
     p = torch.bincount(found, minlength=classes).double() / len(found)
-    q = (torch.bincount(expected, minlength=classes).double() + 1) / (len(expected) + classes)  # none is impossible
+    q = (torch.bincount(expected, minlength=classes).double() + 1 / classes) / (len(expected) + 1)  # none is impossible
     return torch.special.xlogy(p, p / q).sum().item(), int((p >= 0.01 - 1e-12 if classes < 1000 else p > 0).sum())
 
 def draw(path, n):
@@ -134,8 +133,8 @@ def draw(path, n):
         raise Fault(f"{path} is missing, damaged or of another version ({type(error).__name__}).") from error
     z = fixed_noise(n, args.latent_dim, 12345)  # not the seed of any grid
     if hasattr(script, "draw_codes"):
-        torch.manual_seed(54321)
-        z = torch.cat([z, script.draw_codes(n, args.categorical, args.continuous)], 1)
+        rng = torch.Generator().manual_seed(54321)
+        z = torch.cat([z, script.draw_codes(n, args.categorical, args.continuous, rng=rng)], 1)
     return sample(G, z), run["epoch"]
 
 @lru_cache(1)  # for several runs on the same data
@@ -164,15 +163,16 @@ def score(images, epoch, real, rows, folder):
     if min(len(images), len(real.held)) < 4:
         raise Fault(f"{folder}: 4 pictures or more are needed, not {len(images)} beside {len(real.held)} real ones.")
     images = images.float().mean(1, True).round().byte() if real.train.shape[1] == 1 else images.expand(-1, 3, -1, -1)
-    (fake, labels), held, n = extract(real.eyes, images), real.held, min(len(images), len(real.held), 10_000)
+    (fake, labels), held, rng = extract(real.eyes, images), real.held, torch.Generator().manual_seed(0)
+    n = min(len(fake), len(held), 10_000)
+    some = [x[torch.randperm(len(x), generator=rng)[:n]] for x in (held, fake)]  # they may come sorted
     row = [epoch, frechet(fake, held), frechet(real.seen[real.order[: len(fake)]], held), *kid(fake, held)]
-    rows.append([*row, *precision_recall(held[:n], fake[:n]), *balance(labels, real.labels, real.classes)])
+    rows.append([*row, *precision_recall(*some), *balance(labels, real.labels, real.classes)])
     table = [[f"{value:.4g}" if isinstance(value, float) else str(value) for value in row] for row in rows]
     print(folder, *(f"{name} {value}" for name, value in zip(COLUMNS, table[-1], strict=True)), sep="  ", flush=True)
     (folder / "score.csv").write_text("".join(",".join(row) + "\n" for row in [COLUMNS, *table]))
     curves = torch.tensor(sorted(row for row in rows if not isinstance(row[0], str))).reshape(-1, len(COLUMNS)).T
-    figure = Figure(figsize=(16, 3.8), layout="constrained")
-    *panels, histogram = figure.subplots(1, 4)
+    *panels, histogram = Figure(figsize=(16, 3.8), layout="constrained").subplots(1, 4)
     titles, lows = ("Frechet distance", "Kernel distance", "Precision and recall"), (0, None, 0)  # KID may be negative
     for panel, title, columns, low in zip(panels, titles, ([1, 2], [3], [5, 6]), lows, strict=True):
         panel.legend(panel.plot(curves[0], curves[columns].T, "o-"), [COLUMNS[column] for column in columns])
@@ -181,8 +181,8 @@ def score(images, epoch, real, rows, folder):
         shares = (torch.bincount(found, minlength=real.classes) / len(found)).numpy()
         histogram.bar(torch.arange(real.classes).numpy() + 0.4 * i, shares, 0.4, label=("samples", "expected")[i])
     histogram.set(title=f"Classes, epoch {epoch}", xlabel="class", ylabel="share"), histogram.legend(loc="lower left")
-    if curves.numel():
-        figure.savefig(folder / "score.png", dpi=100)
+    if not isinstance(epoch, str):  # of a run
+        histogram.figure.savefig(folder / "score.png", dpi=100)
     return images, fake
 
 def score_folder(folder, args):
@@ -194,8 +194,9 @@ def score_folder(folder, args):
     if args.watch and not flags.get("snapshot_every"):
         raise Misuse(f"{folder} is not trained with --snapshot-every: there is nothing to watch.")
     n = max(1, (26_000 if dataset == "stacked-mnist" else 10_000) if args.samples is None else args.samples)
-    real = reference(dataset, args.data_dir or flags.get("data_dir", "data"), flags.get("img_size"),
-                     tuple(flags.get("classes") or ()), flags.get("background", "white"), args.features == "inception")
+    data = flags if dataset == flags.get("dataset") else {}  # of another data set only the size of the pictures counts
+    real = reference(dataset, args.data_dir or data.get("data_dir", "data"), flags.get("img_size"),
+                     tuple(data.get("classes") or ()), data.get("background", "white"), args.features == "inception")
     while args.snapshots or args.watch:
         for path in sorted({*folder.glob("generators/*.pt")} - done):
             done.add(path)
@@ -226,7 +227,7 @@ def main(argv=None):
     add("folders", nargs="*", type=Path, help="runs, or folders of pictures to compare with --dataset")
     add("--dataset", choices=list(DATASETS), help="of the real images (that of the run)")
     add("--data-dir", help="where these are (where the run had it; else data)")
-    add("--samples", type=int, help="how many, 4 or more (10,000; of stacked-mnist 26,000)")
+    add("--samples", type=int, help="of a run, 4 or more (10,000; of stacked-mnist 26,000)")
     add("--features", choices=["classifier", "inception"], default="classifier", help="inception: of ImageNet")
     add("--snapshots", action="store_true", help="score each of generators/*.pt too, and name the best")
     add("--watch", action="store_true", help="score each of generators/*.pt as it comes, to Ctrl-C")
@@ -241,8 +242,8 @@ def main(argv=None):
     except (Fault, OSError) as error:
         print("score.py:", str(error).partition("\n")[0], file=sys.stderr)
         return 2 if isinstance(error, Misuse) else 1
-    except KeyboardInterrupt:  # the end of --watch
-        pass
+    except KeyboardInterrupt:
+        return 0 if args.watch else 1  # so --watch ends
     return 0
 
 if __name__ == "__main__":
