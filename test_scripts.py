@@ -72,14 +72,14 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 
 PLOTS = ["test_one_step_writes_everything", "test_mlp_gan_keeps_the_gradient_of_the_last_layer_of_each_epoch"]
 PLOTS += ["test_infogan_traversals_for_any_codes"]
+GIFS = [*PLOTS, "test_snapshots_and_sample_grids", "test_interpolation_gif_follows_the_flag"]
+GIFS += ["test_resume_along_another_path_changes_interpolation_gif_alone"]
 PLOTS += ["test_a_log_without_rows_is_drawn"]
 AXES = ["test_losses_png_has_the_losses_what_d_thinks_and_the_gradients", "test_cluster_error_and_its_table"]
 AXES += ["test_the_dark_line_is_the_running_mean_of_a_fortieth_of_the_log"]
 AXES += ["test_a_category_beyond_the_labels_is_not_called_a_label"]
 AXES += ["test_the_codes_of_the_digits_are_compared_with_their_factors"]
 AXES += ["test_the_plot_of_scores_shows_a_kernel_distance_below_0", "test_score_runs_end_to_end_on_a_one_step_run"]
-GIFS = [*PLOTS, "test_snapshots_and_sample_grids", "test_interpolation_gif_follows_the_flag"]
-GIFS += ["test_resume_along_another_path_changes_interpolation_gif_alone"]
 
 
 def nothing_drawn(shape):
@@ -2541,10 +2541,15 @@ def test_the_balance_and_the_modes_of_a_hand_made_set():
     assert score.balance(rare, torch.arange(10), 10)[1] == 1
 
 
+@pytest.fixture(scope="session")
+def rendered():
+    return common.render_digits(400, seed=0), common.render_digits(300, seed=1)
+
+
 @pytest.fixture
-def few_digits(monkeypatch):
+def few_digits(rendered, monkeypatch):
     """The scripts and score.py see 400 digits to train on and 300 others."""
-    train, test = common.render_digits(400, seed=0), common.render_digits(300, seed=1)
+    train, test = rendered
     for module in (mlp_gan, dcgan, wgan_gp, infogan, score):
         monkeypatch.setattr(module, "load_data", lambda *_: train)
     monkeypatch.setattr(score, "load_test", lambda *_: test)
@@ -2740,8 +2745,8 @@ def test_score_of_a_folder_does_not_read_its_own_pictures_and_makes_colours_grey
     assert len(list(Path("p").glob("*.png"))) == 22  # no picture of the user's was taken away
 
 
-def test_score_shows_the_nearest_training_images_first(few_digits):
-    common.save_pictures(Path("p"), common.render_digits(400, seed=0).images[:20])
+def test_score_shows_the_nearest_training_images_first(few_digits, rendered):
+    common.save_pictures(Path("p"), rendered[0].images[:20])
     assert score.main(["p", "--dataset", "digits"]) == 0
     cell = np.asarray(imageio.imread("p/nearest.png"), float)[4:-4, 4:-4]  # without the outer frame
     side = 2 * 28 + 4  # a picture and the frame to the next
@@ -2753,14 +2758,13 @@ def test_score_shows_the_nearest_training_images_first(few_digits):
             assert all((shown != other).any() for other in farther)
 
 
-def test_score_keeps_to_the_classes_of_the_run(few_digits, monkeypatch):
-    train = common.render_digits(400, seed=0)
+def test_score_keeps_to_the_classes_of_the_run(few_digits, rendered, monkeypatch):
+    train, test = rendered
     few = torch.isin(train.labels, torch.tensor([3, 7]))
     monkeypatch.setattr(score, "load_data", lambda *_: common.Data(train.images[few], train.labels[few]))
     eyes = nn.Sequential(nn.Sequential(nn.Conv2d(1, 2, 28), nn.Flatten()), nn.Linear(2, 10)).requires_grad_(False)
     monkeypatch.setattr(score, "load_classifier", lambda *_: eyes)
     real = score.reference("digits", "data", None, (3, 7), "white", False)
-    test = common.render_digits(300, seed=1)
     assert len(real.held) == torch.isin(test.labels, torch.tensor([3, 7])).sum()
 
 
