@@ -323,8 +323,8 @@ def train(args, run):
         rows = (out / "log.csv").read_text().splitlines()[1:] if (out / "log.csv").exists() else []
         log += [row for row in rows if row.count(",") == log[0].count(",") and int(row.split(",")[1]) <= step]
     elif (out / "args.json").exists():  # --overwrite: what would be left of the run that is replaced
-        pictures = "generated.png", "factors.png", "traversal.gif", "samples/[0-9]*.png", "generated/[0-9]*.png"
-        for name in ("checkpoint.pt", *pictures, "generators/*.pt"):
+        own = "factors.png", "traversal.gif"  # a run without labels or numbers has none
+        for name in ("checkpoint.pt", "generated.png", *own, "samples/[0-9]*.png", "generat*/*[0-9].p*"):
             list(map(Path.unlink, sorted(out.glob(name))))
     (out / "samples").mkdir(parents=True, exist_ok=True)
     imageio.imwrite(out / "real.png", grid(images[:: len(images) // 64 or 1][:64].cpu()))

@@ -325,6 +325,7 @@ def train(args, run):
             if logging:  # D after its last update; loss_d and norm_d are from before it
                 speed = (step - first) / (time.perf_counter() - started)  # steps a second
                 D.eval()  # spectral norm improves its estimate at each call in training mode
+                # fork_rng: the random numbers of training stay what they are without a log (on a CPU)
                 with torch.random.fork_rng([]), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     slope = slopes(D.forward, x_real, x_fake).detach()  # (B,); .forward is not compiled
                     real, fake, *held = (D(x) for x in (x_real, x_fake, *to_batch(images, held_out, device).split(256)))
