@@ -1914,6 +1914,8 @@ def test_cluster_error_and_its_table(tmp_path, monkeypatch):
     table[7] = table[1]  # two digits in one category
     error = infogan.measure(confident(monkeypatch, table), data, *[torch.arange(200)] * 2, args, "cpu")
     assert error == pytest.approx(0.1)
+    assert (shown[1].sum(0) == 1).all()  # each label is whole, wherever it went
+    assert sorted(shown[1].sum(1)) == [0, *[1] * 8, 2]
     data = data._replace(labels=None)
     assert math.isnan(infogan.measure(confident(monkeypatch, table), data, *[torch.arange(9)] * 2, args, "cpu"))
 
@@ -2465,6 +2467,12 @@ def test_sampling_is_in_eval_mode_without_gradients_and_leaves_g_as_it_was():
     G.eval()
     common.sample(G, z)
     assert not G.training
+
+
+def test_samples_are_rounded_to_the_nearest_shade_and_never_wrap_around():
+    z = torch.tensor([-1.01, -1.0, -0.999, 0.0, 0.999, 1.0, 1.01]).view(7, 1, 1, 1)
+    assert common.sample(nn.Identity(), z).flatten().tolist() == [0, 0, 0, 128, 255, 255, 255]
+    assert common.sample(nn.Identity(), torch.zeros(600, 1, 2, 2)).shape == (600, 1, 2, 2)
 
 
 def test_a_grid_is_never_rescaled():
