@@ -1313,6 +1313,29 @@ def test_r1_and_label_smoothing_and_loss_reach_the_step(pictures, monkeypatch):
     assert weights == [(8, 3, 8, 8)]
 
 
+def test_r1_has_half_its_weight_in_the_d_step(pictures, monkeypatch):
+    found, slopes, built, step, build = [], [], [], torch.optim.Adam.step, dcgan.build
+
+    def spy_step(self):
+        found.append(torch.cat([p.grad.flatten() for p in self.param_groups[0]["params"]]))
+        return step(self)
+
+    def penalty(logits, x):
+        grads = torch.autograd.grad(logits.sum(), list(built[-1][1].parameters()), retain_graph=True)
+        slopes.append(torch.cat([grad.flatten() for grad in grads]))
+        return logits.sum()
+
+    monkeypatch.setattr(torch.optim.Adam, "step", spy_step)
+    monkeypatch.setattr(dcgan, "build", lambda args: built.append(build(args)) or built[-1])
+    monkeypatch.setattr(dcgan, "r1_penalty", penalty)
+    for weight in (0, 3):
+        flags = ["--r1", weight, "--precision", "fp32", "--init", "default", "--max-steps", 1]
+        run_on_pictures(dcgan, pictures, f"r{weight}", *flags)
+    (without, _, with_it, _), (slope,) = found, slopes  # D, G; D, G
+    assert slope.abs().max() > 0.1
+    assert torch.allclose(with_it - without, 1.5 * slope, atol=1e-4)
+
+
 def test_r1_flattens_d_at_real_pictures(pictures):
     slopes = []
     for weight in (0, 100):
