@@ -77,6 +77,7 @@ GIFS += ["test_resume_along_another_path_changes_interpolation_gif_alone"]
 PLOTS += ["test_a_log_without_rows_is_drawn"]
 AXES = ["test_losses_png_has_the_losses_what_d_thinks_and_the_gradients", "test_cluster_error_and_its_table"]
 AXES += ["test_the_dark_line_is_the_running_mean_of_a_fortieth_of_the_log"]
+AXES += ["test_gradients_png_shows_at_most_a_dozen_epochs"]
 AXES += ["test_a_category_beyond_the_labels_is_not_called_a_label"]
 AXES += ["test_the_codes_of_the_digits_are_compared_with_their_factors"]
 AXES += ["test_the_plot_of_scores_shows_a_kernel_distance_below_0", "test_score_runs_end_to_end_on_a_one_step_run"]
@@ -728,6 +729,16 @@ def test_the_dark_line_is_the_running_mean_of_a_fortieth_of_the_log(script, monk
     means = [values for values, more in drawn if "label" in more]
     assert len(means) > 3
     assert all(values.tolist() == [1.0] * 78 for values in means)  # of 3 rows each
+
+
+def test_gradients_png_shows_at_most_a_dozen_epochs(monkeypatch):
+    epochs = []
+    monkeypatch.setattr(matplotlib.axes.Axes, "violinplot", lambda self, row, position, **_: epochs.extend(position))
+    Path("log.csv").write_text(",".join(METRICS))
+    for n, shown in ((2, [1, 2]), (30, [1, 4, 7, 10, 13, 16, 19, 22, 25, 28])):
+        epochs.clear()
+        mlp_gan.save_plots(Path(), torch.ones(n, 5))
+        assert epochs == shown
 
 
 def test_a_log_without_rows_is_drawn(script, pictures):
@@ -1845,6 +1856,16 @@ def test_the_information_reaches_q_the_trunk_and_g_but_not_the_head_of_d():
         assert all(p.grad is None or p.grad.abs().sum() == 0 for p in D.classify.parameters())
 
 
+def test_code_accuracy_is_that_of_the_first_code_on_fakes(pictures, monkeypatch):
+    seen, bound = [], infogan.categorical_bound
+    monkeypatch.setattr(infogan, "categorical_bound", lambda *args: seen.append(args[:2]) or bound(*args))
+    flags = ["--categorical", 2, 3, "--log-every", 1, "--batch-size", 20]
+    run_on_pictures(infogan, pictures, "r", "--max-steps", 3, *flags)
+    for row, (guesses, c) in zip(log("r"), seen[1::2], strict=True):  # of the G step, on plain fakes
+        right = guesses[:, :2].argmax(1) == c[:, :2].argmax(1)
+        assert float(row["code_accuracy"]) == pytest.approx(right.float().mean().item(), abs=1e-5)
+
+
 def test_the_information_is_maximised_by_its_weights_in_both_steps(pictures, monkeypatch):
     found, slopes, networks, step, build = [], [], [], torch.optim.Adam.step, infogan.build
 
@@ -2797,6 +2818,7 @@ def test_score_keeps_to_the_classes_of_the_run(few_digits, rendered, monkeypatch
     monkeypatch.setattr(score, "load_classifier", lambda *_: eyes)
     real = score.reference("digits", "data", None, (3, 7), "white", False)
     assert len(real.held) == torch.isin(test.labels, torch.tensor([3, 7])).sum()
+    assert real.order.sort().values.tolist() == list(range(int(few.sum()))) != real.order.tolist()  # sorted data, too
 
 
 def test_score_of_the_snapshots_of_a_colour_run_makes_them_grey(few_digits, pictures, monkeypatch):
