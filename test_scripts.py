@@ -2513,6 +2513,21 @@ def test_sampling_is_in_eval_mode_without_gradients_and_leaves_g_as_it_was():
     assert not G.training
 
 
+def test_smaller_pictures_are_means_of_all_that_they_cover(monkeypatch):
+    stripes = torch.tensor([255, 0, 0, 255] * 7, dtype=torch.uint8).expand(3, 1, 28, 28)  # two neighbours alone: black
+    monkeypatch.setitem(common.DATASETS, "digits", lambda *_: common.Data(stripes))
+    small = common.load_data("digits", img_size=7).images
+    assert small.shape == (3, 1, 7, 7)
+    assert ((small.float() - 127.5).abs() < 40).all()
+
+
+def test_pictures_are_on_the_device_unless_they_are_many(monkeypatch):
+    monkeypatch.setitem(common.DATASETS, "digits", lambda *_: common.Data(torch.zeros(3, 1, 8, 8, dtype=torch.uint8)))
+    assert common.load_data("digits", device="meta").images.device.type == "meta"
+    monkeypatch.setattr(common, "RESIDENT", 3 * 64 - 1)
+    assert common.load_data("digits", device="meta").images.device.type == "cpu"
+
+
 def test_samples_are_rounded_to_the_nearest_shade_and_never_wrap_around():
     z = torch.tensor([-1.01, -1.0, -0.999, 0.0, 0.999, 1.0, 1.01]).view(7, 1, 1, 1)
     assert common.sample(nn.Identity(), z).flatten().tolist() == [0, 0, 0, 128, 255, 255, 255]
