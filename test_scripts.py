@@ -17,6 +17,7 @@ import runpy
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import zipfile
@@ -2439,9 +2440,11 @@ def test_cifar10(tmp_path, monkeypatch, capsys):
 
         def __init__(self, root, train, download):
             self.targets = self.targets if train else [1, 2]
+            assert socket.getdefaulttimeout() == 20  # without one a dead mirror is waited for for ever
             if self.data is None:
                 raise RuntimeError("no network")
 
+    socket.setdefaulttimeout(None)
     monkeypatch.setattr(common, "CIFAR10", Cifar)
     data = common.load_data("cifar10", tmp_path)
     assert data.images.shape == (2, 3, 32, 32)
