@@ -308,9 +308,8 @@ def train(args, run):
             opt_g.param_groups[0]["lr"], opt_d.param_groups[0]["lr"] = args.lr_g * fade, args.lr_d * fade
             # (1) D step: maximise log D(x) + log(1 - D(G(z)))
             D.requires_grad_(True)
-            order = epoch_order(len(images), batch_size * args.d_steps, args.seed, epoch)[i]
-            for index in order.split(batch_size):  # d_steps times (B,)
-                x_real = to_batch(images, index, device).requires_grad_(args.r1 > 0)  # (B, C, H, W)
+            for index in epoch_order(len(images), batch_size * args.d_steps, args.seed, epoch)[i].split(batch_size):
+                x_real = to_batch(images, index, device).requires_grad_(args.r1 > 0)  # (B, C, H, W), d_steps times
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     x_fake = G(torch.randn(batch_size, args.latent_dim, device=device))  # kept for the G step
                     logits_real, logits_fake = D_seen(x_real), D_seen(x_fake.detach())  # detached: no way to G
@@ -349,7 +348,7 @@ def train(args, run):
                     with open(out / "log.csv", "a") as file:
                         print(epoch + 1, step, *(f"{value:.6g}" for value in row), sep=",", file=file)
                 line = f"epoch {epoch + 1}/{args.epochs} [{'#' * (10 * step // last_step):10}] loss_d {row[0]:.3f} "
-                line += f"loss_g {row[1]:.3f} {row[-1]:.0f} img/s {(last_step - step) / speed / 60:.1f} min left "
+                line += f"loss_g {row[1]:.3f} {row[6]:.0f} img/s {(last_step - step) / speed / 60:.1f} min left "
                 if sys.stdout.isatty() or epoch_ends:
                     print(line, end="\r" if sys.stdout.isatty() and not stopping else "\n", flush=True)
             keeping = epoch_ends and (epoch + 1) % (args.snapshot_every or math.inf) == 0
