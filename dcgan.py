@@ -11,13 +11,13 @@ convolutions: strides in place of pooling, batch norm in both networks, ReLU in 
 The strongest recipe found here: twice the width, R1 instead of batch norm in D, larger steps that fade:
     python dcgan.py --dataset mnist --epochs 10 --hidden-channels 32 64 --d-norm none --r1 0.5 \
         --lr-g 1e-3 --lr-d 1e-3 --betas 0 0.99 --init default --lr-schedule cosine
-What changes from mlp_gan.py: the networks, and the weights that they start from; walks through the space of z, in
-interpolation.gif; tricks, each with a flag: hinge loss, R1, spectral norm, flipped labels, instance noise, diffaugment.
-Where this differs from the paper: Adam at 5e-4 with betas (0, 0.99), not 2e-4 and (0.5, 0.999), which makes more of 20
-epochs; z is normal, not uniform; batch 64, not 128; kernels 4x4; samples from an average of G's weights, whose batch
-norm has statistics of its own (--ema 0: G's weights); as deep and wide as laptops allow (the paper: 1024, 512, 256, 128
-channels from 4x4 up). Images under 64x64, which are halved only two or three times, get two convolutions each time
-(--depth 1: the paper's)."""
+What changes from mlp_gan.py: the networks, their first weights; no minimax, no gradients.png; walks through the space
+of z, in interpolation.gif; tricks: hinge loss, R1, spectral norm, flipped labels, instance noise, diffaugment.
+Where this differs from the paper: Adam at 5e-4 with betas (0, 0.99), better after 20 epochs than 2e-4 and (0.5, 0.999);
+z is normal, not uniform; batch 64, not 128; kernels 4x4; samples from an average of G's weights, whose batch norm has
+statistics of its own (--ema 0: G's weights); as deep and wide as laptops allow (the paper: 1024, 512, 256, 128 channels
+from 4x4 up). Images under 64x64, which are halved only two or three times, get two convolutions each time (--depth 1:
+the paper's)."""
 import argparse
 import json
 import math
@@ -75,8 +75,8 @@ class Discriminator(nn.Module):
             convs = [nn.Conv2d(channels, width, kernel_size, 2, (kernel_size - 1) // 2, bias=bias)]
             convs += [nn.Conv2d(width, width, 3, 1, 1, bias=bias) for _ in range(depth - 1)]
             for conv in convs:
-                layers += [conv, nn.BatchNorm2d(width)] if norm == "batch" and layers else [conv]  # not on the first
-                layers += [nn.LeakyReLU(0.2, True)] + [nn.Dropout(dropout)] * (dropout > 0)
+                batch_norm = [nn.BatchNorm2d(width)] if norm == "batch" and layers else []  # not on the first
+                layers += [conv, *batch_norm, nn.LeakyReLU(0.2, True)] + ([nn.Dropout(dropout)] if dropout else [])
             channels = width
         layers += [Permute([0, 2, 3, 1]), nn.Flatten()]  # (B, 8 * 8 * 512), as in memory
         layers += [nn.Linear((img_size // 2 ** len(hidden_channels)) ** 2 * channels, 1, bias=bias)]
@@ -95,16 +95,16 @@ def init_weights(module):
         nn.init.normal_(module.weight, 1.0 if isinstance(module, nn.BatchNorm2d) else 0.0, 0.02)
 
 def discriminator_loss(logits_real, logits_fake, loss="bce", smoothing=0.0):
-    """-log D(x) - log(1 - D(G(z))): -log sigmoid(l) = softplus(-l), -log(1 - sigmoid(l)) = softplus(l); or hinge."""
+    """-log D(x) - log(1 - D(G(z))): -log sigmoid(l) = softplus(-l). Hinge: relu(1 - l) for x, relu(1 + l) for G(z)."""
     f = softplus if loss == "bce" else lambda logits: relu(1 + logits)
     return ((1 - smoothing) * f(-logits_real) + smoothing * f(logits_real)).mean() + f(logits_fake).mean()
 
 def generator_loss(logits_fake, loss="bce"):
-    """-log D(G(z)) = softplus(-l). Its gradient is large while D sees through G; that of log(1 - D(G(z))) vanishes."""
+    """-log D(G(z)) = softplus(-l): its gradient is large while D sees through G. Hinge: -l."""
     return softplus(-logits_fake).mean() if loss == "bce" else -logits_fake.mean()
 
 def r1_penalty(logits_real, x_real):
-    """mean |grad_x l(x)|^2: no steep D where the data is (1801.04406). Batch norm in D would mix the pictures."""
+    """mean |grad_x l(x)|^2: keeps D flat at the data (1801.04406). Batch norm in D would mix the pictures."""
     (gradient,) = torch.autograd.grad(logits_real.sum(), x_real, create_graph=True)  # (B, C, H, W)
     return gradient.square().flatten(1).sum(1).mean()
 
@@ -124,9 +124,7 @@ def diffaugment(x):
 
 def noise_path(z, kind, frames=12):
     """z (4, N, latent_dim) -> (4 * frames, N, latent_dim), from each z to the next, and back to the first: a loop.
-
-    slerp turns by the angle between two z, rotation by a right one: both keep near the lengths that G was trained on.
-    """
+    slerp turns by the angle between two z, rotation by 90 degrees: both keep near the lengths that G was trained on."""
     a, b, u = z[:, None], z.roll(-1, 0)[:, None], torch.arange(frames).view(-1, 1, 1) / frames
     if kind == "linear":
         return (a + u * (b - a)).flatten(0, 1)
@@ -142,12 +140,12 @@ def number(kind, low, high=math.inf):  # a type for argparse: an int or a float 
     return number
 
 def parse_args(argv=None, known=None):
-    """The flags; those that do not stand in argv are as in known, a Namespace, or as their defaults."""
+    """The flags: from argv, else from known, a Namespace, else their defaults."""
     parser = argparse.ArgumentParser(description="DCGAN, arXiv 1511.06434. In brackets: the defaults.")
     count, share, amount = number(int, 1), number(float, 0, 1), number(float, 0, 1e9)
-    groups = ("run", "data", "model", "optimiser", "tricks")
-    run, data, model, adam, trick = (parser.add_argument_group(group).add_argument for group in groups)
-    run("--epochs", type=count, help="passes over the data, in all (10, or more: as many as make 9,000 steps)")
+    groups = [parser.add_argument_group(name) for name in ("run", "data", "model", "optimiser", "tricks")]
+    run, data, model, adam, trick = (group.add_argument for group in groups)
+    run("--epochs", type=count, help="passes over the data, in all (10, or enough for 9,000 steps)")
     run("--max-steps", type=count, help="stop after so many steps, if that comes first (never)")
     run("--batch-size", type=number(int, 2), default=64, help="pictures in a batch (%(default)s)")
     run("--seed", type=number(int, 0, 2**31), default=0, help="of the weights, the noise and the order (%(default)s)")
@@ -158,9 +156,9 @@ def parse_args(argv=None, known=None):
     run("--overwrite", action="store_true", help="replace the run that is in the folder")
     run("--resume", action="store_true", help="go on with the run that is in the folder, by its flags, to --epochs")
     run("--sample", type=count, metavar="N", help="train nothing: write N pictures with the folder's checkpoint")
-    run("--log-every", type=count, default=50, help="steps from one row of log.csv to the next (%(default)s)")
-    run("--sample-every", type=count, help="steps from one more sample grid to the next (none; epoch 1: 1, 2, 4, ...)")
-    run("--snapshot-every", type=count, help="epochs from one copy of G in generators/ to the next (none)")
+    run("--log-every", type=count, default=50, help="steps between rows of log.csv (%(default)s)")
+    run("--sample-every", type=count, help="steps between extra sample grids (none; in epoch 1: 1, 2, 4, ...)")
+    run("--snapshot-every", type=count, help="epochs between copies of G in generators/ (none)")
     run("--interpolate", choices=["linear", "slerp", "rotation"], default="slerp", help="in interpolation.gif (slerp)")
     data("--dataset", choices=list(DATASETS), default="digits", help="folder: your own pictures (%(default)s)")
     data("--data-dir", default="data", help="where the data is, or is downloaded to (%(default)s)")
@@ -168,7 +166,7 @@ def parse_args(argv=None, known=None):
     data("--background", default="white", help="what transparent pictures are laid on (%(default)s)")
     data("--img-size", type=count, help="resize the pictures to this (the size of the data; 64 for folder)")
     model("--latent-dim", type=count, default=100, help="how many numbers z has (%(default)s)")
-    model("--hidden-channels", type=count, nargs="+", help="from the image inwards (32 64 / depth; 64x64: 32 64 128)")
+    model("--hidden-channels", type=count, nargs="+", help="from image to z (16 32; depth 1: 32 64; 64x64: 32 64 128)")
     model("--kernel-size", type=int, choices=[3, 4, 5], default=4, help="of the strided convolutions (%(default)s)")
     model("--upsample", choices=["transpose", "nearest"], default="transpose", help="nearest: + 3x3 conv (transpose)")
     model("--depth", type=count, help="convolutions at each resolution, the extra ones 3x3 (1; under 64x64 2)")
@@ -184,46 +182,46 @@ def parse_args(argv=None, known=None):
     adam("--d-steps", type=count, default=1, help="D updates a step (%(default)s)")
     adam("--g-steps", type=count, default=1, help="G updates a step (%(default)s)")
     trick("--loss", choices=["bce", "hinge"], default="bce", help="hinge: Geometric GAN, 1705.02894 (%(default)s)")
-    trick("--r1", type=amount, default=0, help="1801.04406: this / 2 x |slope of D at real x|^2; --d-norm none (off)")
-    trick("--label-smoothing", type=share, default=0, help="real means 1 - this, to D: Salimans 2016, 1606.03498 (off)")
-    trick("--flip-labels", type=share, default=0, help="against a sure D: wrong labels for this share (off)")
+    trick("--r1", type=amount, default=0, help="1801.04406: this / 2 * |grad D(x)|^2, with --d-norm none (off)")
+    trick("--label-smoothing", type=share, default=0, help="D's target for real is 1 - this: 1606.03498 (off)")
+    trick("--flip-labels", type=share, default=0, help="share of labels that D gets wrong on purpose (off)")
     trick("--instance-noise", type=amount, default=0, help="noise on all that D sees, falling to 0: 1610.04490 (off)")
     trick("--dropout", type=number(float, 0, 0.99), default=0, help="in D, after activation: against overfitting (off)")
     trick("--diffaugment", action="store_true", help="for few pictures: colour, shift, cut-out, 2006.10738 (off)")
     args = parser.parse_args(argv, known)
-    args.script, args.out = "dcgan", args.out or f"runs/dcgan-{args.dataset}"
+    args.script, args.out = Path(__file__).stem, args.out or f"runs/{Path(__file__).stem}-{args.dataset}"
     return args
 
 def pick_device(args):
-    """The device, and whether to compute in bfloat16: where that is native; emulated it is slow. Raises Misuse."""
+    """The device, and whether to compute in bfloat16: "auto" does where it is not emulated. Raises Misuse."""
     best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         device = torch.zeros(1, device=best if args.device == "auto" else args.device).device
     except (RuntimeError, AssertionError, ImportError) as error:
         raise Misuse(f"--device {args.device} is not there, or not for this torch: auto is {best} here.") from error
     has = torch.cpu.get_capabilities() if device.type == "cpu" else {"bf16": torch.cuda.is_bf16_supported(False)}
-    return device, {"bf16": True, "fp32": False}.get(args.precision, has.get("avx512_bf16", has.get("bf16", False)))
+    return device, {"bf16": True, "fp32": False, "auto": has.get("avx512_bf16", has.get("bf16", False))}[args.precision]
 
 def open_run(args, argv):
-    """The checkpoint in args.out, its flags put into args; None for a new run. Raises Misuse or Fault."""
+    """args and None for a new run; else the flags and the checkpoint of the run in args.out. Raises Misuse or Fault."""
     path = Path(args.out) / "checkpoint.pt"
     if not (args.resume or args.sample):
-        if any(path.with_name(name).exists() for name in ("args.json", path.name)) and not args.overwrite:
+        if (path.exists() or path.with_name("args.json").exists()) and not args.overwrite:
             raise Misuse(f"{args.out} holds a run: --resume continues it, --overwrite replaces it, --out avoids it.")
-        return None
+        return args, None
     try:
         run = {} if ZipFile(path).testzip() else torch.load(path, map_location="cpu", weights_only=True)  # {}: damaged
         flags = run["args"] | {"out": args.out, "max_steps": None}
-        vars(args).update(vars(parse_args(argv, argparse.Namespace(**flags))))  # argv again: it wins over flags
+        args = parse_args(argv, argparse.Namespace(**flags))  # argv again: it wins over flags
         for name, network in zip("GD", build(argparse.Namespace(**flags)), strict=True):
             network.load_state_dict(run[name])  # only to see if they fit
     except Exception as error:  # torch.load raises many kinds for a file that is not a checkpoint
         raise Fault(f"{path} is missing, damaged or of other networks: change --out, or --overwrite alone.") from error
-    free = {"epochs", "max_steps", "device", "data_dir", "out", "overwrite", "resume", "sample", args.sample and "seed"}
+    free = {"epochs", "max_steps", "device", "data_dir", "out", "overwrite", "resume", "sample", "interpolate"}
     for name, value in flags.items():
-        if getattr(args, name) != value and name not in free | {"interpolate"}:
-            raise Misuse(f"{path} has --{name.replace('_', '-')} {value}: leave it as it is, or change --out.")
-    return run
+        if getattr(args, name) != value and name not in free and not (args.sample and name == "seed"):
+            raise Misuse(f"{path} has --{name.replace('_', '-')} {value}: omit it, or change --out.")
+    return args, run
 
 def build(args):
     """G and D as the flags say."""
@@ -260,9 +258,9 @@ def train(args, run):
         raise Fault(f"{out} was trained on {args.num_images} pictures of {args.img_channels} channels, not these.")
     args.num_images, args.img_channels, args.img_size, _ = images.shape  # for build() and the checkpoint
     args.depth = args.depth or (2 if args.img_size < 64 else 1)
-    width, powers = 32 // args.depth, range(max(1, round(math.log2(args.img_size / 8))))
-    args.hidden_channels = args.hidden_channels or [max(1, width << n) for n in powers]  # for a laptop
-    torch.manual_seed(args.seed + run["step"] if run else args.seed)  # on a GPU a resumed run draws new noise
+    halvings = max(1, round(math.log2(args.img_size / 8)))  # down to about 8x8
+    args.hidden_channels = args.hidden_channels or [max(1, 32 // args.depth * 2**n) for n in range(halvings)]
+    torch.manual_seed(args.seed + (run["step"] if run else 0))  # on a GPU a resumed run draws new noise
     G, D = (network.to(device, memory_format=torch.channels_last) for network in build(args))
     G_ema = AveragedModel(G)
     opt_g = torch.optim.Adam(G.parameters(), args.lr_g, args.betas, args.adam_eps, fused=True)
@@ -289,33 +287,33 @@ def train(args, run):
         for name in ("checkpoint.pt", "generated.png", "samples/[0-9]*.png", "generat*/*[0-9].p*"):
             list(map(Path.unlink, sorted(out.glob(name))))
     (out / "samples").mkdir(parents=True, exist_ok=True)
-    imageio.imwrite(out / "real.png", grid(images[:: len(images) // 64 or 1][:64].cpu()))
+    imageio.imwrite(out / "real.png", grid(images[:: max(1, len(images) // 64)][:64].cpu()))
     imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed[:64])))
-    save_atomically(out / "log.csv", "\n".join([*log, ""]).encode())  # without rows after a killed run's checkpoint
+    save_atomically(out / "log.csv", ("\n".join(log) + "\n").encode())  # no rows later than the checkpoint
     save_atomically(out / "args.json", json.dumps(vars(args) | facts, indent=2).encode())
     print(f"{len(images):,} pictures {tuple(images.shape[1:])}, parameters {counts}, {facts['on']}, {out}", flush=True)
     def D_seen(x):  # (B, C, H, W) -> (B,); step is that of the loop below
         x = x + args.instance_noise * (1 - step / last_step) * torch.randn_like(x) if args.instance_noise else x
         return D(diffaugment(x) if args.diffaugment else x)
     first, stop, started = step, [], time.perf_counter()
-    ctrl_c = signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # one more step, then save
+    old_handler = signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # one more step, then save
     try:
         for step in range(first + 1, last_step + 1):
             epoch, i = divmod(step - 1, steps_per_epoch)
-            epoch_ends, stopping = i + 1 == steps_per_epoch, step == last_step or bool(stop)
+            epoch_ends, stopping = (i + 1 == steps_per_epoch), (step == last_step or bool(stop))
             logging = epoch_ends or stopping or step % args.log_every == 0
             fade = (1 + math.cos(math.pi * (step - 1) / last_step)) / 2 if args.lr_schedule == "cosine" else 1
             opt_g.param_groups[0]["lr"], opt_d.param_groups[0]["lr"] = args.lr_g * fade, args.lr_d * fade
             # (1) D step: maximise log D(x) + log(1 - D(G(z)))
             D.requires_grad_(True)
             for index in epoch_order(len(images), batch_size * args.d_steps, args.seed, epoch)[i].split(batch_size):
-                x_real = to_batch(images, index, device).requires_grad_(args.r1 > 0)  # (B, C, H, W), d_steps times
+                x_real = to_batch(images, index, device).requires_grad_(args.r1 > 0)  # (B, C, H, W) in [-1, 1]
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     x_fake = G(torch.randn(batch_size, args.latent_dim, device=device))  # kept for the G step
-                    logits_real, logits_fake = D_seen(x_real), D_seen(x_fake.detach())  # detached: no way to G
+                    logits_real, logits_fake = D_seen(x_real), D_seen(x_fake.detach())  # no way to G
                 sign = torch.where(torch.rand(2, batch_size, device=device) < args.flip_labels, -1, 1)  # -1: wrong
-                logits = sign[0] * logits_real, sign[1] * logits_fake  # -l is the logit of the other label
-                loss_d = discriminator_loss(*logits, args.loss, args.label_smoothing)
+                seen_real, seen_fake = sign[0] * logits_real, sign[1] * logits_fake  # -l: logit of the other label
+                loss_d = discriminator_loss(seen_real, seen_fake, args.loss, args.label_smoothing)
                 penalty = args.r1 / 2 * r1_penalty(logits_real, x_real) if args.r1 else 0  # not in the log's loss_d
                 opt_d.zero_grad()
                 (loss_d + penalty).backward()
@@ -351,38 +349,38 @@ def train(args, run):
                 line += f"loss_g {row[1]:.3f} {row[6]:.0f} img/s {(last_step - step) / speed / 60:.1f} min left "
                 if sys.stdout.isatty() or epoch_ends:
                     print(line, end="\r" if sys.stdout.isatty() and not stopping else "\n", flush=True)
-            keeping = epoch_ends and (epoch + 1) % (args.snapshot_every or math.inf) == 0
+            keeping = epoch_ends and bool(args.snapshot_every) and (epoch + 1) % args.snapshot_every == 0
             saving = keeping or stopping or (epoch_ends and (epoch < 100 or step % 100 < steps_per_epoch))
-            if saving or step % (args.sample_every or last_step) == 0 or (epoch == 0 and step & (step - 1) == 0):
+            if saving or step % (args.sample_every or last_step) == 0 or (epoch == 0 and step.bit_count() == 1):
                 update_bn(z_fixed.split(128), G_ema)  # the copied statistics of batch norm do not fit averaged weights
                 imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed[:64])))
-            if saving:  # after each epoch; of those under 100 steps after the first 100, then once in 100 steps
-                state = {"args": vars(args), "step": step, "epoch": epoch + epoch_ends}
+            state = {"args": vars(args), "step": step, "epoch": epoch + epoch_ends}
+            if keeping:  # before the checkpoint: a run that is killed between the two makes it again
+                save_atomically(out / f"generators/epoch_{epoch + 1:03d}.pt", state | {"G": G_ema.module.state_dict()})
+            if saving:  # after each epoch; from the 101st on, of those under 100 steps, once in 100 steps
                 rest = {name: part.state_dict() for name, part in parts.items()} | {"rng": torch.get_rng_state()}
                 save_atomically(out / "checkpoint.pt", state | rest | {"z_fixed": z_fixed})
                 if step % 100 < steps_per_epoch:  # at most once in 100 steps: drawing takes as long as many steps
                     save_plots(out)
-            if keeping:
-                save_atomically(out / f"generators/epoch_{epoch + 1:03d}.pt", state | {"G": G_ema.module.state_dict()})
             if stopping:
                 break
     finally:  # at the end, after Ctrl-C, and after a fault
-        signal.signal(signal.SIGINT, ctrl_c)
+        signal.signal(signal.SIGINT, old_handler)
         save_plots(out)
         save_history(out, step)
-        z = noise_path(fixed_noise(4 * 32, args.latent_dim, args.seed).view(4, 32, -1), args.interpolate).to(device)
-        save_gif(out / "interpolation.gif", [grid(sample(G_ema, z_t)) for z_t in z], 100)
+    z = noise_path(fixed_noise(4 * 32, args.latent_dim, args.seed).view(4, 32, -1), args.interpolate).to(device)
+    save_gif(out / "interpolation.gif", [grid(sample(G_ema, z_t)) for z_t in z], 100)
     print(f"Step {step} of {max(step, last_step)}. Look at {out}/samples.gif, interpolation.gif and losses.png.")
 
 def main(argv=None):
-    """Run the script. Returns the exit code: 2 for bad use, 1 for a fault, each told in one sentence."""
+    """Run the script. Returns the exit code: 2 for bad use, 1 for a fault, told in a sentence over the status line."""
     try:
-        args = parse_args(argv)
-        return (generate if args.sample else train)(args, open_run(args, argv)) or 0  # open_run puts flags into args
+        args, run = open_run(parse_args(argv), argv)
+        return (generate if args.sample else train)(args, run) or 0  # neither returns anything
     except (Fault, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error) and not args.compile:
             raise  # a mistake in the code
-        print("dcgan.py:", str(error).partition("\n")[0] or f"stopped by a {type(error).__name__}", file=sys.stderr)
+        print(f"{Path(__file__).name}:", (str(error).split("\n")[0] or repr(error)).ljust(67), file=sys.stderr)
         return 2 if isinstance(error, Misuse) else 1
 
 if __name__ == "__main__":

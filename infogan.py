@@ -4,18 +4,17 @@ G gets noise z and a code c: one of ten categories, and two numbers. A third net
 its own, guesses c from the fake x. G is rewarded if Q guesses right, so that c has to show in x: the category as the
 digit, the numbers as slant or width. The reward L is a lower bound of the mutual information I, as KL(P || Q) >= 0:
     I(c; x) = H(c) - H(c|x) = H(c) + E log P(c|x) >= H(c) + E log Q(c|x) = L    for x = G(z, c), P the true posterior
-    D and Q maximise  log D(x_real) + log(1 - D(G(z, c))) + weight * L
-    G maximises       log D(G(z, c)) + weight * L
-For ten categories, guessed perfectly, L is ln 10 = 2.303 nats. loss_d and loss_g in the log are those of the GAN alone.
+    D and Q maximise  log D(x_real) + log(1 - D(G(z, c))) + weight * L    loss_d and loss_g in the log
+    G maximises       log D(G(z, c)) + weight * L                         are without L
+Ten categories, guessed perfectly, give L = ln 10 = 2.303 nats, a number at most ln 2 - ln(2 pi) / 2 = -0.226.
     python infogan.py                           # the built-in digits, no download
     python infogan.py --dataset mnist --epochs 20
 What changes from dcgan.py: codes, Q, L; and a test of what the codes mean, on a tenth of the pictures, not trained on:
 by their labels (cluster_error in the log) and by the factors that `digits` were rendered from; both in factors.png.
-Where this differs from the paper (in brackets: its values): Q learns categories from fakes slanted, scaled and shifted
-at random, so that no category is a slant or a size (--augment 0: off); numbers, and G's reward, are of plain fakes.
-z is normal, of 16 numbers (62). The weight of L is 1, for numbers 0.3 (1, or less). D's rate is 5e-4 (2e-4); widths 16,
-32, 512 (64, 128, 1024); batches of 64 (128); slopes 0.2 (0.1). Samples and the test are of averaged weights. Q takes
-the variance of a number as 1: L <= ln 2 - ln(2 pi) / 2 = -0.226 for each (--continuous-variance learned: free)."""
+Where this differs from the paper (its values in brackets): Q learns categories from fakes slanted, scaled and shifted
+at random, so that none is a slant or size (--augment 0: off); numbers and G's reward are of plain fakes. z is 16 normal
+numbers (62); L weighs 1, for numbers 0.3 (1, or less); D's rate is 5e-4 (2e-4); widths 16, 32, 512 (64, 128, 1024);
+batches 64 (128); LeakyReLU 0.2 (0.1). Q takes numbers' variance as 1 (learned). Samples and test: averaged weights."""
 import argparse
 import json
 import math
@@ -56,7 +55,7 @@ class Generator(nn.Sequential):
 
 class Discriminator(nn.Module):
     """image (B, img_channels, img_size, img_size) -> logit l (B,) of D(x) = sigmoid(l), and Q's guesses (B, guesses):
-    a logit, no softmax, for each category of each categorical code, then the others' means, then log variances."""
+    a logit (no softmax) for each category of each categorical code, then the numbers' means, then log variances."""
     def __init__(self, guesses=14, img_size=28, img_channels=1, hidden_channels=(16, 32), hidden=512):
         super().__init__()
         layers, channels = [], img_channels
@@ -64,9 +63,8 @@ class Discriminator(nn.Module):
             batch_norm = [nn.BatchNorm2d(width)] if layers else []  # not on the first
             layers += [nn.Conv2d(channels, width, 4, 2, 1, bias=False), *batch_norm, nn.LeakyReLU(0.2, True)]
             channels, img_size = width, img_size // 2
-        layers += [Permute([0, 2, 3, 1]), nn.Flatten()]  # (B, 7 * 7 * 32), as in memory
-        layers += [nn.Linear(img_size**2 * channels, hidden, bias=False), nn.BatchNorm1d(hidden)]  # (B, 512)
-        self.trunk = nn.Sequential(*layers, nn.LeakyReLU(0.2, True))  # D's and Q's
+        layers += [Permute([0, 2, 3, 1]), nn.Flatten(), nn.Linear(img_size**2 * channels, hidden, bias=False)]
+        self.trunk = nn.Sequential(*layers, nn.BatchNorm1d(hidden), nn.LeakyReLU(0.2, True))  # (B, 512), D's and Q's
         self.classify = nn.Linear(hidden, 1)  # D's own
         layers = [nn.Linear(hidden, 128, bias=False), nn.BatchNorm1d(128), nn.LeakyReLU(0.2, True)]
         self.guess = nn.Sequential(*layers, nn.Linear(128, guesses))  # Q's own
@@ -85,12 +83,11 @@ def generator_loss(logits_fake):
 
 def categorical_bound(guesses, c, sizes):
     """H(c) + E log Q(c|x) in nats, summed over the one-hot codes of these sizes; guesses (B, guesses), c (B, codes)."""
-    n = sum(sizes)
-    pairs = zip(guesses[:, :n].split(sizes, 1), c[:, :n].split(sizes, 1), strict=True)  # each (B, size)
-    return sum(math.log(code.shape[1]) - cross_entropy(logits, code) for logits, code in pairs)
+    logits, codes = (x[:, : sum(sizes)].split(sizes, 1) for x in (guesses, c))  # each (B, size)
+    return sum(map(math.log, sizes)) - sum(map(cross_entropy, logits, codes))
 
 def continuous_bound(guesses, c, sizes, variance):
-    """The same for the numbers after them, uniform in [-1, 1]: H = log 2; Q is normal, of variance 1 or "learned"."""
+    """The same for the numbers after them, uniform in [-1, 1]: H = log 2; Q is normal; "fixed" is a variance of 1."""
     mean, log_variance = guesses[:, sum(sizes) :].chunk(2, 1)  # (B, C) each
     log_variance = log_variance if variance == "learned" else torch.zeros_like(mean)
     log_q = -((c[:, sum(sizes) :] - mean) ** 2 / log_variance.exp() + log_variance + math.log(2 * math.pi)) / 2
@@ -113,7 +110,7 @@ def best_matching(table):
     best = [(0, ())]  # ways to label the categories so far: the pictures that fit, and the labels
     for row in table:
         ways = [(fit + n, (*labels, k)) for fit, labels in best for k, n in enumerate(row) if k not in labels]
-        best = {frozenset(labels): (fit, labels) for fit, labels in sorted(ways)}.values()  # of a set the last, best
+        best = {frozenset(labels): (fit, labels) for fit, labels in sorted(ways)}.values()  # the last is the best
     return max(best)
 
 def number(kind, low, high=math.inf):  # a type for argparse: an int or a float from low to high
@@ -124,12 +121,12 @@ def number(kind, low, high=math.inf):  # a type for argparse: an int or a float 
     return number
 
 def parse_args(argv=None, known=None):
-    """The flags; those that do not stand in argv are as in known, a Namespace, or as their defaults."""
+    """The flags: from argv, else from known, a Namespace, else their defaults."""
     parser = argparse.ArgumentParser(description="InfoGAN, arXiv 1606.03657. In brackets: the defaults.")
     count, share, amount = number(int, 1), number(float, 0, 1), number(float, 0, 1e9)
-    groups = ("run", "data", "model", "optimiser", "information")
-    run, data, model, adam, info = (parser.add_argument_group(group).add_argument for group in groups)
-    run("--epochs", type=count, help="passes over the data, in all (10, or more: as many as make 9,000 steps)")
+    groups = [parser.add_argument_group(name) for name in ("run", "data", "model", "optimiser", "information")]
+    run, data, model, adam, info = (group.add_argument for group in groups)
+    run("--epochs", type=count, help="passes over the data, in all (10, or enough for 9,000 steps)")
     run("--max-steps", type=count, help="stop after so many steps, if that comes first (never)")
     run("--batch-size", type=number(int, 2), default=64, help="pictures in a batch (%(default)s)")
     run("--seed", type=number(int, 0, 2**31), default=0, help="of the weights, the noise and the order (%(default)s)")
@@ -140,16 +137,16 @@ def parse_args(argv=None, known=None):
     run("--overwrite", action="store_true", help="replace the run that is in the folder")
     run("--resume", action="store_true", help="go on with the run that is in the folder, by its flags, to --epochs")
     run("--sample", type=count, metavar="N", help="train nothing: write N pictures with the folder's checkpoint")
-    run("--log-every", type=count, default=50, help="steps from one row of log.csv to the next (%(default)s)")
-    run("--sample-every", type=count, help="steps from one more sample grid to the next (none; epoch 1: 1, 2, 4, ...)")
-    run("--snapshot-every", type=count, help="epochs from one copy of G in generators/ to the next (none)")
+    run("--log-every", type=count, default=50, help="steps between rows of log.csv (%(default)s)")
+    run("--sample-every", type=count, help="steps between extra sample grids (none; in epoch 1: 1, 2, 4, ...)")
+    run("--snapshot-every", type=count, help="epochs between copies of G in generators/ (none)")
     data("--dataset", choices=list(DATASETS), default="digits", help="folder: your own pictures (%(default)s)")
     data("--data-dir", default="data", help="where the data is, or is downloaded to (%(default)s)")
     data("--classes", type=int, nargs="+", help="only the pictures with these labels (all)")
     data("--background", default="white", help="what transparent pictures are laid on (%(default)s)")
     data("--img-size", type=count, help="resize the pictures to this (the size of the data; 64 for folder)")
     model("--latent-dim", type=count, default=16, help="how many numbers z has (%(default)s)")
-    model("--hidden-channels", type=count, nargs="+", help="from the image inwards (16 32; at 64x64: 32 64 128)")
+    model("--hidden-channels", type=count, nargs="+", help="from image to z (16 32; at 64x64: 32 64 128)")
     model("--hidden", type=count, default=512, help="width of G's first layer and of the last shared one (%(default)s)")
     adam("--lr-g", type=share, default=1e-3, help="Adam's rate for G (%(default)s)")
     adam("--lr-d", type=share, default=5e-4, help="Adam's rate for D and Q (%(default)s)")
@@ -157,47 +154,47 @@ def parse_args(argv=None, known=None):
     adam("--adam-eps", type=number(float, 1e-20, 1), default=1e-8, help="Adam's epsilon (%(default)s)")
     adam("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: down to 0 (%(default)s)")
     adam("--clip-grad-norm", type=amount, help="scale gradients down to this L2 norm, against jumps (off)")
-    adam("--ema", type=share, default=0.999, help="decay of the averages of G and D that are sampled, measured (0.999)")
+    adam("--ema", type=share, default=0.999, help="decay of the averages: G's for samples, D's for the test (0.999)")
     info("--categorical", type=number(int, 2, 250), nargs="+", default=[10], help="categories of each code (10)")
     info("--continuous", type=number(int, 0), default=2, help="how many continuous codes (%(default)s)")
     info("--continuous-variance", choices=["fixed", "learned"], default="fixed", help="Q's: 1, or learned (fixed)")
     info("--info-weight-cat", type=amount, default=1, help="weight of the bound for categories (%(default)s)")
     info("--info-weight-cont", type=amount, default=0.3, help="weight of the bound for numbers (%(default)s)")
-    info("--augment", type=share, default=0.25, help="how far to distort what Q learns from (%(default)s)")
+    info("--augment", type=share, default=0.25, help="how far to distort fakes for Q's categories (%(default)s)")
     args = parser.parse_args(argv, known)
-    args.script, args.out = "infogan", args.out or f"runs/infogan-{args.dataset}"
+    args.script, args.out = Path(__file__).stem, args.out or f"runs/{Path(__file__).stem}-{args.dataset}"
     return args
 
 def pick_device(args):
-    """The device, and whether to compute in bfloat16: where that is native; emulated it is slow. Raises Misuse."""
+    """The device, and whether to compute in bfloat16: "auto" does where it is not emulated. Raises Misuse."""
     best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         device = torch.zeros(1, device=best if args.device == "auto" else args.device).device
     except (RuntimeError, AssertionError, ImportError) as error:
         raise Misuse(f"--device {args.device} is not there, or not for this torch: auto is {best} here.") from error
     has = torch.cpu.get_capabilities() if device.type == "cpu" else {"bf16": torch.cuda.is_bf16_supported(False)}
-    return device, {"bf16": True, "fp32": False}.get(args.precision, has.get("avx512_bf16", has.get("bf16", False)))
+    return device, {"bf16": True, "fp32": False, "auto": has.get("avx512_bf16", has.get("bf16", False))}[args.precision]
 
 def open_run(args, argv):
-    """The checkpoint in args.out, its flags put into args; None for a new run. Raises Misuse or Fault."""
+    """args and None for a new run; else the flags and the checkpoint of the run in args.out. Raises Misuse or Fault."""
     path = Path(args.out) / "checkpoint.pt"
     if not (args.resume or args.sample):
-        if any(path.with_name(name).exists() for name in ("args.json", path.name)) and not args.overwrite:
+        if (path.exists() or path.with_name("args.json").exists()) and not args.overwrite:
             raise Misuse(f"{args.out} holds a run: --resume continues it, --overwrite replaces it, --out avoids it.")
-        return None
+        return args, None
     try:
         run = {} if ZipFile(path).testzip() else torch.load(path, map_location="cpu", weights_only=True)  # {}: damaged
         flags = run["args"] | {"out": args.out, "max_steps": None}
-        vars(args).update(vars(parse_args(argv, argparse.Namespace(**flags))))  # argv again: it wins over flags
+        args = parse_args(argv, argparse.Namespace(**flags))  # argv again: it wins over flags
         for name, network in zip("GD", build(argparse.Namespace(**flags)), strict=True):
             network.load_state_dict(run[name])  # only to see if they fit
     except Exception as error:  # torch.load raises many kinds for a file that is not a checkpoint
         raise Fault(f"{path} is missing, damaged or of other networks: change --out, or --overwrite alone.") from error
-    free = {"epochs", "max_steps", "device", "data_dir", "out", "overwrite", "resume", "sample", args.sample and "seed"}
+    free = {"epochs", "max_steps", "device", "data_dir", "out", "overwrite", "resume", "sample"}
     for name, value in flags.items():
-        if getattr(args, name) != value and name not in free:
-            raise Misuse(f"{path} has --{name.replace('_', '-')} {value}: leave it as it is, or change --out.")
-    return run
+        if getattr(args, name) != value and name not in free and not (args.sample and name == "seed"):
+            raise Misuse(f"{path} has --{name.replace('_', '-')} {value}: omit it, or change --out.")
+    return args, run
 
 def build(args):
     """G and D as the flags say."""
@@ -206,50 +203,46 @@ def build(args):
 
 @torch.no_grad()
 def measure(D, data, training, held_out, args, device):
-    """The error of Q's guess of the first categorical code as a classifier of pictures at held_out, matched on them.
-    Draws factors.png. Without labels, with one over 15 or over 16 categories, it is nan, and nothing is drawn."""
+    """How often Q's category is wrong about the labels at held_out, which choose the matching too; D is in eval mode.
+    Draws factors.png. Without labels, with a label over 15 or more than 16 categories: nan, and nothing is drawn."""
     size, n_codes = args.categorical[0], args.continuous
     n = max(size, data.labels.max().item() + 1) if data.labels is not None else math.inf
     if n > 16:  # there are 2^n sets of labels
         return math.nan
-    update_bn([to_batch(data.images, training[:512], device)], D)  # no more statistics of fakes in batch norm
-    D.eval()
+    update_bn([to_batch(data.images, training[:512], device)], D)  # statistics of real pictures, not of fakes
     guesses = torch.cat([D(to_batch(data.images, index, device))[1].cpu() for index in held_out.split(500)])
-    D.train()
-    table = torch.bincount(guesses[:, :size].argmax(1) * n + data.labels[held_out], minlength=n * n).view(n, n)
-    fit, labels = best_matching(table.tolist())  # categories by labels, padded to a square
+    table = one_hot(guesses[:, :size].argmax(1), n).T @ one_hot(data.labels[held_out], n)  # categories by labels
+    fit, labels = best_matching(table.tolist())
     error, shares = 1 - fit / len(held_out), (table / table.sum(0).clamp(min=1))[:size].numpy()
     rows = [f"category {k}: {label if table[:, label].any() else '-'}" for k, label in enumerate(labels[:size])]
     panels = [(f"Share of each label (columns) in each category: error {error:.1%}", shares, rows, range(n))]
     if data.factors and n_codes:
-        means = guesses[:, sum(args.categorical) :].T[:n_codes]  # (C, N)
-        ranks = torch.stack([*means, *(factor[held_out] for factor in data.factors.values())]).argsort(1).argsort(1)
-        r = ranks.float().corrcoef().abs()[:n_codes, n_codes:].numpy()  # (C, F)
+        both = [*guesses.T[sum(args.categorical) :][:n_codes], *(factor[held_out] for factor in data.factors.values())]
+        ranks = torch.stack(both).argsort(1).argsort(1).float()  # (C + F, N)
+        r = ranks.corrcoef().abs()[:n_codes, n_codes:].numpy()  # (C, F)
         panels += [("|Rank correlation|: code and factor", r, [f"code {j + 1}" for j in range(n_codes)], data.factors)]
     figure = Figure(figsize=(7 * len(panels) + 1, 4.5), layout="constrained")
     for i, (title, values, rows, columns) in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), i + 1, title=title)
-        axes.imshow(values, cmap="Blues", aspect="auto", vmin=0, vmax=1)
+        axes.imshow(values, cmap="Blues", aspect="auto", vmin=0, vmax=1.5)  # never too dark for black text
         axes.set(xticks=range(len(columns)), xticklabels=columns, yticks=range(len(rows)), yticklabels=rows)
-        for (row, column), value in np.ndenumerate(values):
-            text, color = f"{value:.2f}" if value >= 0.005 else "", "white" if value > 0.5 else "black"
-            axes.text(column, row, text, ha="center", va="center", color=color)
+        for row, column in np.argwhere(values >= 0.005):
+            axes.text(column, row, f"{values[row, column]:.2f}", ha="center", va="center")
     figure.savefig(Path(args.out) / "factors.png", dpi=100)
     return error
 
 def save_traversals(G, args, device):
     """traversal.png: a block for each code; traversal.gif: each continuous code to and fro. A category is a row."""
-    noise, blocks, frames = fixed_noise(9, args.latent_dim, args.seed), {}, []
+    noise, sweep, blocks, frames = fixed_noise(9, args.latent_dim, args.seed), torch.linspace(-2, 2, 9)[:, None], {}, []
     def block(k, z, values):  # rows: categories of code k; columns: z (9 or 1, latent_dim), values (9, C) or (C,)
-        category = torch.arange(args.categorical[k])[:, None].expand(-1, 9)  # (categories, 9)
-        codes = [one_hot(category * (i == k), size) for i, size in enumerate(args.categorical)]  # others: category 0
-        inputs = [part.expand(*category.shape, -1) for part in (z, *codes, values)]
+        rows = torch.arange(args.categorical[k])[:, None]
+        codes = [one_hot(rows * (i == k), size) for i, size in enumerate(args.categorical)]  # others: category 0
+        inputs = [part.expand(len(rows), 9, -1) for part in (z, *codes, values)]
         return grid(sample(G, torch.cat(inputs, 2).flatten(0, 1).to(device)), 9)
     for k in range(len(args.categorical)):
         blocks[f"categorical code {k + 1}: a row each, z by column"] = block(k, noise, torch.zeros(args.continuous))
     for j, unit in enumerate(torch.eye(args.continuous)):  # (C,)
-        sweep = torch.linspace(-2, 2, 9)[:, None] * unit  # (9, C)
-        blocks[f"continuous code {j + 1}: -2 to 2 (trained: -1 to 1)"] = block(0, noise[:1], sweep)
+        blocks[f"continuous code {j + 1}: -2 to 2 (trained: -1 to 1)"] = block(0, noise[:1], sweep * unit)
         frames += [block(0, noise, 2 * angle.sin() * unit) for angle in torch.arange(0, 2 * math.pi, math.pi / 12)]
     figure = Figure(figsize=(4.5 * len(blocks), 0.5 + 0.45 * max(args.categorical)), layout="constrained")
     for i, (title, picture) in enumerate(blocks.items()):
@@ -264,8 +257,7 @@ def save_plots(out):
     figure, n = Figure(figsize=(13, 7), layout="constrained"), len(log) // 40 + 1  # rows in the running mean
     panels = [("loss_d loss_g", "Loss", "loss", {})]
     panels += [("d_real d_fake", "What D thinks: 0.5 is a draw", "probability of being real", {"ylim": (0, 1)})]
-    panels += [("info_cat", "What Q reads of the categories", "information in nats, lower bound", {})]
-    panels += [("info_cont", "What Q reads of the numbers", "information in nats, lower bound", {})]
+    panels += [(name, f"What Q reads: {name}", "lower bound in nats", {}) for name in ("info_cat", "info_cont")]
     panels += [("code_accuracy cluster_error", "Q: accuracy on fakes, error on data", "share", {"ylim": (0, 1.02)})]
     panels += [("grad_norm_d grad_norm_g", "Gradient norm", "L2 norm of all gradients", {"yscale": "log"})]
     for axes, (columns, title, ylabel, more) in zip(figure.subplots(2, 3).flat, panels, strict=True):
@@ -292,11 +284,11 @@ def train(args, run):
     if run and images.shape[:2] != (args.num_images, args.img_channels):
         raise Fault(f"{out} was trained on {args.num_images} pictures of {args.img_channels} channels, not these.")
     args.num_images, args.img_channels, args.img_size, _ = images.shape  # for build() and the checkpoint
-    width, powers = 16 if args.img_size < 64 else 32, range(max(1, round(math.log2(args.img_size / 8))))
-    args.hidden_channels = args.hidden_channels or [width << n for n in powers]  # for a laptop
-    torch.manual_seed(args.seed + run["step"] if run else args.seed)  # on a GPU a resumed run draws new noise
+    halvings, width = max(1, round(math.log2(args.img_size / 8))), 16 if args.img_size < 64 else 32  # to about 8x8
+    args.hidden_channels = args.hidden_channels or [width * 2**n for n in range(halvings)]
+    torch.manual_seed(args.seed + (run["step"] if run else 0))  # on a GPU a resumed run draws new noise
     G, D = (network.to(device, memory_format=torch.channels_last) for network in build(args))
-    G_ema, D_ema = AveragedModel(G), AveragedModel(D)  # for samples; to measure what the codes mean
+    G_ema, D_ema = AveragedModel(G), AveragedModel(D).eval()  # for samples; to measure what the codes mean
     opt_g = torch.optim.Adam(G.parameters(), args.lr_g, args.betas, args.adam_eps, fused=True)
     opt_d = torch.optim.Adam(D.parameters(), args.lr_d, args.betas, args.adam_eps, fused=True)
     parts = {"G": G, "D": D, "G_ema": G_ema, "D_ema": D_ema, "opt_g": opt_g, "opt_d": opt_d}
@@ -313,8 +305,8 @@ def train(args, run):
     last_step = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
     counts = {name: sum(p.numel() for p in parts[name].parameters()) for name in ("G", "D")}
     facts = {"torch": torch.__version__, "on": f"{device}, {'bf16' if bf16 else 'fp32'}", "parameters": counts}
-    log = ["epoch,step,loss_d,loss_g,d_real,d_fake,grad_norm_d,grad_norm_g,images_per_second,info_cat"]
-    log[0] += ",info_cont,code_accuracy,cluster_error"
+    log = ["epoch,step,loss_d,loss_g,d_real,d_fake,grad_norm_d,grad_norm_g,images_per_second"]
+    log[0] += ",info_cat,info_cont,code_accuracy,cluster_error"
     if run:
         for name, part in parts.items():
             part.load_state_dict(run[name])
@@ -323,22 +315,22 @@ def train(args, run):
         rows = (out / "log.csv").read_text().splitlines()[1:] if (out / "log.csv").exists() else []
         log += [row for row in rows if row.count(",") == log[0].count(",") and int(row.split(",")[1]) <= step]
     elif (out / "args.json").exists():  # --overwrite: what would be left of the run that is replaced
-        own = "factors.png", "traversal.gif"  # a run without labels or numbers has none
+        own = "factors.png", "traversal.gif"  # not written without labels, or without numbers
         for name in ("checkpoint.pt", "generated.png", *own, "samples/[0-9]*.png", "generat*/*[0-9].p*"):
             list(map(Path.unlink, sorted(out.glob(name))))
     (out / "samples").mkdir(parents=True, exist_ok=True)
-    imageio.imwrite(out / "real.png", grid(images[:: len(images) // 64 or 1][:64].cpu()))
+    imageio.imwrite(out / "real.png", grid(images[:: max(1, len(images) // 64)][:64].cpu()))
     imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed)))
     error = run["cluster_error"] if run else measure(D_ema, data, training, held_out, args, device)
-    save_atomically(out / "log.csv", "\n".join([*log, ""]).encode())  # without rows after a killed run's checkpoint
+    save_atomically(out / "log.csv", ("\n".join(log) + "\n").encode())  # no rows later than the checkpoint
     save_atomically(out / "args.json", json.dumps(vars(args) | facts, indent=2).encode())
     print(f"{len(images):,} pictures {tuple(images.shape[1:])}, parameters {counts}, {facts['on']}, {out}", flush=True)
     first, stop, started = step, [], time.perf_counter()
-    ctrl_c = signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # one more step, then save
+    old_handler = signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # one more step, then save
     try:
         for step in range(first + 1, last_step + 1):
             epoch, i = divmod(step - 1, steps_per_epoch)
-            epoch_ends, stopping = i + 1 == steps_per_epoch, step == last_step or bool(stop)
+            epoch_ends, stopping = (i + 1 == steps_per_epoch), (step == last_step or bool(stop))
             logging = epoch_ends or stopping or step % args.log_every == 0
             fade = (1 + math.cos(math.pi * (step - 1) / last_step)) / 2 if args.lr_schedule == "cosine" else 1
             opt_g.param_groups[0]["lr"], opt_d.param_groups[0]["lr"] = args.lr_g * fade, args.lr_d * fade
@@ -347,10 +339,9 @@ def train(args, run):
             index = training[epoch_order(len(training), batch_size, args.seed, epoch)[i]]  # (B,)
             x_real = to_batch(images, index, device)  # (B, C, H, W)
             c = draw_codes(batch_size, sizes, args.continuous, device)
-            z = torch.cat([torch.randn(batch_size, args.latent_dim, device=device), c], 1)  # z and c
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                x_fake = G(z)  # kept for the G step
-                (logits_real, _), (logits_fake, guesses) = D(x_real), D(x_fake.detach())  # detached: no way to G
+                x_fake = G(torch.cat([torch.randn(batch_size, args.latent_dim, device=device), c], 1))  # kept for (2)
+                (logits_real, _), (logits_fake, guesses) = D(x_real), D(x_fake.detach())  # no way to G
                 _, warped = D(augment(x_fake.detach(), args.augment))  # categories are learned from these, numbers not
             loss_d = discriminator_loss(logits_real, logits_fake)
             info_cat, info_cont = categorical_bound(warped, c, sizes), continuous_bound(guesses, c, sizes, variance)
@@ -359,7 +350,7 @@ def train(args, run):
             if logging or args.clip_grad_norm:  # up to inf: only measured
                 norm_d = nn.utils.clip_grad_norm_(D.parameters(), args.clip_grad_norm or math.inf)
             opt_d.step()
-            # (2) G step: maximise log D(G(z, c)) + weight * L, same z and c, D and Q frozen. The log has this L
+            # (2) G step: maximise log D(G(z, c)) + weight * L, same z and c, D and Q frozen. This L is logged
             D.requires_grad_(False)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 logits, guesses = D(x_fake)
@@ -391,37 +382,37 @@ def train(args, run):
                 line += f"loss_g {row[1]:.3f} {row[6]:.0f} img/s {(last_step - step) / speed / 60:.1f} min left "
                 if sys.stdout.isatty() or epoch_ends:
                     print(line, end="\r" if sys.stdout.isatty() and not stopping else "\n", flush=True)
-            keeping = epoch_ends and (epoch + 1) % (args.snapshot_every or math.inf) == 0
+            keeping = epoch_ends and bool(args.snapshot_every) and (epoch + 1) % args.snapshot_every == 0
             saving = keeping or stopping or (epoch_ends and (epoch < 100 or step % 100 < steps_per_epoch))
-            if saving or step % (args.sample_every or last_step) == 0 or (epoch == 0 and step & (step - 1) == 0):
+            if saving or step % (args.sample_every or last_step) == 0 or (epoch == 0 and step.bit_count() == 1):
                 imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed)))
-            if saving:  # after each epoch; of those under 100 steps after the first 100, then once in 100 steps
-                state = {"args": vars(args), "step": step, "epoch": epoch + epoch_ends}
+            state = {"args": vars(args), "step": step, "epoch": epoch + epoch_ends}
+            if keeping:  # before the checkpoint: a run that is killed between the two makes it again
+                save_atomically(out / f"generators/epoch_{epoch + 1:03d}.pt", state | {"G": G_ema.module.state_dict()})
+            if saving:  # after each epoch; from the 101st on, of those under 100 steps, once in 100 steps
                 rest = {name: part.state_dict() for name, part in parts.items()} | {"rng": torch.get_rng_state()}
                 save_atomically(out / "checkpoint.pt", state | rest | {"z_fixed": z_fixed, "cluster_error": error})
                 if step % 100 < steps_per_epoch:  # at most once in 100 steps: drawing takes as long as many steps
                     save_plots(out)
-            if keeping:
-                save_atomically(out / f"generators/epoch_{epoch + 1:03d}.pt", state | {"G": G_ema.module.state_dict()})
             if stopping:
                 break
     finally:  # at the end, after Ctrl-C, and after a fault
-        signal.signal(signal.SIGINT, ctrl_c)
+        signal.signal(signal.SIGINT, old_handler)
         save_plots(out)
         save_history(out, step)
-        save_traversals(G_ema, args, device)
-        measure(D_ema, data, training, held_out, args, device)
+    save_traversals(G_ema, args, device)
+    measure(D_ema, data, training, held_out, args, device)
     print(f"Step {step} of {max(step, last_step)}. Look at {out}/samples.gif, traversal.png and losses.png.")
 
 def main(argv=None):
-    """Run the script. Returns the exit code: 2 for bad use, 1 for a fault, each told in one sentence."""
+    """Run the script. Returns the exit code: 2 for bad use, 1 for a fault, told in a sentence over the status line."""
     try:
-        args = parse_args(argv)
-        return (generate if args.sample else train)(args, open_run(args, argv)) or 0  # open_run puts flags into args
+        args, run = open_run(parse_args(argv), argv)
+        return (generate if args.sample else train)(args, run) or 0  # neither returns anything
     except (Fault, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error) and not args.compile:
             raise  # a mistake in the code
-        print("infogan.py:", str(error).partition("\n")[0] or f"stopped by a {type(error).__name__}", file=sys.stderr)
+        print(f"{Path(__file__).name}:", (str(error).split("\n")[0] or repr(error)).ljust(67), file=sys.stderr)
         return 2 if isinstance(error, Misuse) else 1
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
 r"""The first GAN, of Goodfellow et al. 2014, arXiv 1406.2661, with fully connected networks.
 
 Two networks play a game: the generator G turns noise z into a picture, the discriminator D says how likely a picture is
-to be real. D learns to tell pictures of the data, x, from G's, and G learns to be mistaken for the data.
+to be real. D learns to tell pictures of the data, x, from G's; G learns to make pictures that D takes for real.
     D maximises  log D(x) + log(1 - D(G(z)))    loss_d = -mean log D(x) - mean log(1 - D(G(z)))
     G maximises  log D(G(z))                    loss_g = -mean log D(G(z))       (--loss nonsaturating)
     or minimises log(1 - D(G(z)))               loss_g = mean log(1 - D(G(z)))   (--loss minimax)
-Minimax is the theory's. But while D sees through G, the slope of log(1 - D) by D's logit, -D(G(z)), is near 0: G learns
-little. That of -log D is near -1. At the equilibrium D is 1/2 and right half the time, loss_d = 2 ln 2 = 1.386.
+The theory uses minimax. But while D sees through G, the slope of log(1 - D) in D's logit, -D(G(z)), is near 0: G learns
+little. That of -log D is near -1. At equilibrium D(x) = 1/2, right half the time, and loss_d = 2 ln 2 = 1.386.
     python mlp_gan.py                           # the built-in digits, no download
     python mlp_gan.py --dataset mnist --epochs 20
-What breaks it: batch norm in place of dropout; D wins, samples end as one noise. D(G(z)), gradients.png after epoch 3:
-    python mlp_gan.py --dataset mnist --img-size 64 --hidden 512 512 512 --norm batch --dropout 0 --out bn  # 5e-3, 4e-4
-    python mlp_gan.py --dataset mnist --img-size 64 --hidden 512 512 512 --norm dropout --out dropout  # 0.5, 0.05
+Batch norm in place of dropout breaks it: after epoch 3 D(G(z)) is 0.005, not 0.5, gradients (.png) 4e-4, not 0.05:
+    python mlp_gan.py --dataset mnist --img-size 64 --hidden 512 512 512 --norm batch --dropout 0 --out runs/bn
+    python mlp_gan.py --dataset mnist --img-size 64 --hidden 512 512 512 --norm dropout --out runs/dropout
 Where this differs from the paper: LeakyReLU, not ReLU in G and maxout in D; Adam, not momentum; z is normal, and the
-same in both steps; G ends in tanh; PyTorch's first weights; narrower; batch 64; dropout 0.3; an averaged G."""
+same in both steps; G ends in tanh; PyTorch's initial weights; narrower; batch 64; dropout 0.3; an EMA of G."""
 import argparse
 import json
 import math
@@ -36,7 +36,7 @@ from common import save_history, save_pictures, to_batch
 class Generator(nn.Sequential):
     """z (B, latent_dim) -> image (B, img_channels, img_size, img_size) in [-1, 1]."""
     def __init__(self, latent_dim=100, img_size=28, img_channels=1, hidden=(256, 512), norm="none", dropout=0.0):
-        layers, shape = blocks([latent_dim, *hidden], norm, dropout), (img_channels, img_size, img_size)
+        layers, shape = blocks([latent_dim, *hidden], norm, dropout), (img_channels, img_size, img_size)  # (B, 512)
         super().__init__(*layers, nn.Linear(hidden[-1], math.prod(shape)), nn.Tanh(), nn.Unflatten(1, shape))
 
 class Discriminator(nn.Sequential):
@@ -48,12 +48,12 @@ class Discriminator(nn.Sequential):
 def blocks(sizes, norm, dropout):
     """The layers that lead from (B, sizes[0]) to (B, sizes[1]), and so on."""
     for size_in, size_out in zip(sizes[:-1], sizes[1:], strict=True):
-        batch_norm = [nn.BatchNorm1d(size_out)] * (norm == "batch")
+        batch_norm = [nn.BatchNorm1d(size_out)] if norm == "batch" else []
         yield from (nn.Linear(size_in, size_out), *batch_norm, nn.LeakyReLU(0.2, True), nn.Dropout(dropout))
 
 def discriminator_loss(logits_real, logits_fake, smoothing=0.0):
-    """-log D(x) - log(1 - D(G(z))): -log sigmoid(l) = softplus(-l), -log(1 - sigmoid(l)) = softplus(l)."""
-    return torch.lerp(softplus(-logits_real), softplus(logits_real), smoothing).mean() + softplus(logits_fake).mean()
+    """-log D(x) - log(1 - D(G(z))): -log sigmoid(l) = softplus(-l); softplus(l) = softplus(-l) + l."""
+    return (softplus(-logits_real) + smoothing * logits_real).mean() + softplus(logits_fake).mean()
 
 def generator_loss(logits_fake, loss="nonsaturating"):
     """-log D(G(z)) = softplus(-l); or minimax, log(1 - D(G(z))) = -softplus(l), with slope -D(G(z))."""
@@ -67,12 +67,12 @@ def number(kind, low, high=math.inf):  # a type for argparse: an int or a float 
     return number
 
 def parse_args(argv=None, known=None):
-    """The flags; those that do not stand in argv are as in known, a Namespace, or as their defaults."""
+    """The flags: from argv, else from known, a Namespace, else their defaults."""
     parser = argparse.ArgumentParser(description="The first GAN, arXiv 1406.2661. In brackets: the defaults.")
     count, share, amount = number(int, 1), number(float, 0, 1), number(float, 0, 1e9)
-    groups = ("run", "data", "model", "optimiser", "tricks")
-    run, data, model, adam, trick = (parser.add_argument_group(group).add_argument for group in groups)
-    run("--epochs", type=count, help="passes over the data, in all (10, or more: as many as make 9,000 steps)")
+    groups = [parser.add_argument_group(name) for name in ("run", "data", "model", "optimiser", "tricks")]
+    run, data, model, adam, trick = (group.add_argument for group in groups)
+    run("--epochs", type=count, help="passes over the data, in all (10, or enough for 9,000 steps)")
     run("--max-steps", type=count, help="stop after so many steps, if that comes first (never)")
     run("--batch-size", type=number(int, 2), default=64, help="pictures in a batch (%(default)s)")
     run("--seed", type=number(int, 0, 2**31), default=0, help="of the weights, the noise and the order (%(default)s)")
@@ -83,16 +83,16 @@ def parse_args(argv=None, known=None):
     run("--overwrite", action="store_true", help="replace the run that is in the folder")
     run("--resume", action="store_true", help="go on with the run that is in the folder, by its flags, to --epochs")
     run("--sample", type=count, metavar="N", help="train nothing: write N pictures with the folder's checkpoint")
-    run("--log-every", type=count, default=50, help="steps from one row of log.csv to the next (%(default)s)")
-    run("--sample-every", type=count, help="steps from one more sample grid to the next (none; epoch 1: 1, 2, 4, ...)")
-    run("--snapshot-every", type=count, help="epochs from one copy of G in generators/ to the next (none)")
+    run("--log-every", type=count, default=50, help="steps between rows of log.csv (%(default)s)")
+    run("--sample-every", type=count, help="steps between extra sample grids (none; in epoch 1: 1, 2, 4, ...)")
+    run("--snapshot-every", type=count, help="epochs between copies of G in generators/ (none)")
     data("--dataset", choices=list(DATASETS), default="digits", help="folder: your own pictures (%(default)s)")
     data("--data-dir", default="data", help="where the data is, or is downloaded to (%(default)s)")
     data("--classes", type=int, nargs="+", help="only the pictures with these labels (all)")
     data("--background", default="white", help="what transparent pictures are laid on (%(default)s)")
     data("--img-size", type=count, help="resize the pictures to this (the size of the data; 64 for folder)")
     model("--latent-dim", type=count, default=100, help="how many numbers z has (%(default)s)")
-    model("--hidden", type=count, nargs="+", default=[256, 512], help="widths in G, and in D from the last (256 512)")
+    model("--hidden", type=count, nargs="+", default=[256, 512], help="widths in G; in D reversed (256 512)")
     model("--norm", choices=["none", "batch", "dropout"], default="none", help="batch: both; dropout: also in G (none)")
     model("--dropout", type=number(float, 0, 0.99), default=0.3, help="rate in D, and in G with --norm dropout (0.3)")
     adam("--lr-g", type=share, default=1e-3, help="Adam's rate for G (%(default)s)")
@@ -104,42 +104,42 @@ def parse_args(argv=None, known=None):
     adam("--ema", type=share, default=0.999, help="decay of the average of G that samples come from; 0: none (0.999)")
     adam("--d-steps", type=count, default=1, help="D updates a step (%(default)s)")
     adam("--g-steps", type=count, default=1, help="G updates a step (%(default)s)")
-    trick("--loss", choices=["nonsaturating", "minimax"], default="nonsaturating", help="of G (nonsaturating)")
-    trick("--label-smoothing", type=share, default=0, help="real means 1 - this, to D: Salimans 2016, 1606.03498 (off)")
+    trick("--loss", choices=["nonsaturating", "minimax"], default="nonsaturating", help="G's (%(default)s)")
+    trick("--label-smoothing", type=share, default=0, help="D's target for real is 1 - this: 1606.03498 (off)")
     args = parser.parse_args(argv, known)
-    args.script, args.out = "mlp_gan", args.out or f"runs/mlp_gan-{args.dataset}"
+    args.script, args.out = Path(__file__).stem, args.out or f"runs/{Path(__file__).stem}-{args.dataset}"
     return args
 
 def pick_device(args):
-    """The device, and whether to compute in bfloat16: where that is native; emulated it is slow. Raises Misuse."""
+    """The device, and whether to compute in bfloat16: "auto" does where it is not emulated. Raises Misuse."""
     best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         device = torch.zeros(1, device=best if args.device == "auto" else args.device).device
     except (RuntimeError, AssertionError, ImportError) as error:
         raise Misuse(f"--device {args.device} is not there, or not for this torch: auto is {best} here.") from error
     has = torch.cpu.get_capabilities() if device.type == "cpu" else {"bf16": torch.cuda.is_bf16_supported(False)}
-    return device, {"bf16": True, "fp32": False}.get(args.precision, has.get("avx512_bf16", has.get("bf16", False)))
+    return device, {"bf16": True, "fp32": False, "auto": has.get("avx512_bf16", has.get("bf16", False))}[args.precision]
 
 def open_run(args, argv):
-    """The checkpoint in args.out, its flags put into args; None for a new run. Raises Misuse or Fault."""
+    """args and None for a new run; else the flags and the checkpoint of the run in args.out. Raises Misuse or Fault."""
     path = Path(args.out) / "checkpoint.pt"
     if not (args.resume or args.sample):
-        if any(path.with_name(name).exists() for name in ("args.json", path.name)) and not args.overwrite:
+        if (path.exists() or path.with_name("args.json").exists()) and not args.overwrite:
             raise Misuse(f"{args.out} holds a run: --resume continues it, --overwrite replaces it, --out avoids it.")
-        return None
+        return args, None
     try:
         run = {} if ZipFile(path).testzip() else torch.load(path, map_location="cpu", weights_only=True)  # {}: damaged
         flags = run["args"] | {"out": args.out, "max_steps": None}
-        vars(args).update(vars(parse_args(argv, argparse.Namespace(**flags))))  # argv again: it wins over flags
+        args = parse_args(argv, argparse.Namespace(**flags))  # argv again: it wins over flags
         for name, network in zip("GD", build(argparse.Namespace(**flags)), strict=True):
             network.load_state_dict(run[name])  # only to see if they fit
     except Exception as error:  # torch.load raises many kinds for a file that is not a checkpoint
         raise Fault(f"{path} is missing, damaged or of other networks: change --out, or --overwrite alone.") from error
-    free = {"epochs", "max_steps", "device", "data_dir", "out", "overwrite", "resume", "sample", args.sample and "seed"}
+    free = {"epochs", "max_steps", "device", "data_dir", "out", "overwrite", "resume", "sample"}
     for name, value in flags.items():
-        if getattr(args, name) != value and name not in free:
-            raise Misuse(f"{path} has --{name.replace('_', '-')} {value}: leave it as it is, or change --out.")
-    return run
+        if getattr(args, name) != value and name not in free and not (args.sample and name == "seed"):
+            raise Misuse(f"{path} has --{name.replace('_', '-')} {value}: omit it, or change --out.")
+    return args, run
 
 def build(args):
     """G and D as the flags say."""
@@ -179,7 +179,7 @@ def train(args, run):
     if run and images.shape[:2] != (args.num_images, args.img_channels):
         raise Fault(f"{out} was trained on {args.num_images} pictures of {args.img_channels} channels, not these.")
     args.num_images, args.img_channels, args.img_size, _ = images.shape  # for build() and the checkpoint
-    torch.manual_seed(args.seed + run["step"] if run else args.seed)  # on a GPU a resumed run draws new noise
+    torch.manual_seed(args.seed + (run["step"] if run else 0))  # on a GPU a resumed run draws new noise
     G, D = (network.to(device) for network in build(args))
     G_ema = AveragedModel(G)
     opt_g = torch.optim.Adam(G.parameters(), args.lr_g, args.betas, args.adam_eps, fused=True)
@@ -206,27 +206,27 @@ def train(args, run):
         for name in ("checkpoint.pt", "generated.png", "samples/[0-9]*.png", "generat*/*[0-9].p*"):
             list(map(Path.unlink, sorted(out.glob(name))))
     (out / "samples").mkdir(parents=True, exist_ok=True)
-    imageio.imwrite(out / "real.png", grid(images[:: len(images) // 64 or 1][:64].cpu()))
+    imageio.imwrite(out / "real.png", grid(images[:: max(1, len(images) // 64)][:64].cpu()))
     imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed[:64])))
-    save_atomically(out / "log.csv", "\n".join([*log, ""]).encode())  # without rows after a killed run's checkpoint
+    save_atomically(out / "log.csv", ("\n".join(log) + "\n").encode())  # no rows later than the checkpoint
     save_atomically(out / "args.json", json.dumps(vars(args) | facts, indent=2).encode())
     print(f"{len(images):,} pictures {tuple(images.shape[1:])}, parameters {counts}, {facts['on']}, {out}", flush=True)
     first, stop, started = step, [], time.perf_counter()
-    ctrl_c = signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # one more step, then save
+    old_handler = signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # one more step, then save
     try:
         for step in range(first + 1, last_step + 1):
             epoch, i = divmod(step - 1, steps_per_epoch)
-            epoch_ends, stopping = i + 1 == steps_per_epoch, step == last_step or bool(stop)
+            epoch_ends, stopping = (i + 1 == steps_per_epoch), (step == last_step or bool(stop))
             logging = epoch_ends or stopping or step % args.log_every == 0
             fade = (1 + math.cos(math.pi * (step - 1) / last_step)) / 2 if args.lr_schedule == "cosine" else 1
             opt_g.param_groups[0]["lr"], opt_d.param_groups[0]["lr"] = args.lr_g * fade, args.lr_d * fade
             # (1) D step: maximise log D(x) + log(1 - D(G(z)))
             D.requires_grad_(True)
             for index in epoch_order(len(images), batch_size * args.d_steps, args.seed, epoch)[i].split(batch_size):
-                x_real = to_batch(images, index, device)  # (B, C, H, W) in [-1, 1], new ones d_steps times
+                x_real = to_batch(images, index, device)  # (B, C, H, W) in [-1, 1]
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     x_fake = G(torch.randn(batch_size, args.latent_dim, device=device))  # kept for the G step
-                    logits_real, logits_fake = D(x_real).float(), D(x_fake.detach()).float()  # detached
+                    logits_real, logits_fake = D(x_real).float(), D(x_fake.detach()).float()  # no way to G
                 loss_d = discriminator_loss(logits_real, logits_fake, args.label_smoothing)
                 opt_d.zero_grad()
                 loss_d.backward()
@@ -256,7 +256,7 @@ def train(args, run):
                 for name, value in zip(log[0].split(",")[2:], row, strict=True):
                     if not math.isfinite(value):
                         raise Fault(f"{name} is {value} at step {step}, which is not saved. Try a lower rate.")
-                gradients = torch.cat([gradients, D[-2].weight.grad.cpu()])[: epoch + epoch_ends]  # whole epochs
+                gradients = torch.cat([gradients, D[-2].weight.grad.cpu()]) if epoch_ends else gradients
                 if epoch_ends or step % args.log_every == 0:  # not where Ctrl-C fell: a resumed run has the same rows
                     with open(out / "log.csv", "a") as file:
                         print(epoch + 1, step, *(f"{value:.6g}" for value in row), sep=",", file=file)
@@ -264,36 +264,36 @@ def train(args, run):
                 line += f"loss_g {row[1]:.3f} {row[6]:.0f} img/s {(last_step - step) / speed / 60:.1f} min left "
                 if sys.stdout.isatty() or epoch_ends:
                     print(line, end="\r" if sys.stdout.isatty() and not stopping else "\n", flush=True)
-            keeping = epoch_ends and (epoch + 1) % (args.snapshot_every or math.inf) == 0
+            keeping = epoch_ends and bool(args.snapshot_every) and (epoch + 1) % args.snapshot_every == 0
             saving = keeping or stopping or (epoch_ends and (epoch < 100 or step % 100 < steps_per_epoch))
-            if saving or step % (args.sample_every or last_step) == 0 or (epoch == 0 and step & (step - 1) == 0):
+            if saving or step % (args.sample_every or last_step) == 0 or (epoch == 0 and step.bit_count() == 1):
                 update_bn(z_fixed.split(128), G_ema)  # the copied statistics of batch norm do not fit averaged weights
                 imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed[:64])))
-            if saving:  # after each epoch; of those under 100 steps after the first 100, then once in 100 steps
-                state = {"args": vars(args), "step": step, "epoch": epoch + epoch_ends}
+            state = {"args": vars(args), "step": step, "epoch": epoch + epoch_ends}
+            if keeping:  # before the checkpoint: a run that is killed between the two makes it again
+                save_atomically(out / f"generators/epoch_{epoch + 1:03d}.pt", state | {"G": G_ema.module.state_dict()})
+            if saving:  # after each epoch; from the 101st on, of those under 100 steps, once in 100 steps
                 rest = {name: part.state_dict() for name, part in parts.items()} | {"rng": torch.get_rng_state()}
                 save_atomically(out / "checkpoint.pt", state | rest | {"z_fixed": z_fixed, "gradients": gradients})
                 if step % 100 < steps_per_epoch:  # at most once in 100 steps: drawing takes as long as many steps
                     save_plots(out, gradients)
-            if keeping:
-                save_atomically(out / f"generators/epoch_{epoch + 1:03d}.pt", state | {"G": G_ema.module.state_dict()})
             if stopping:
                 break
     finally:  # at the end, after Ctrl-C, and after a fault
-        signal.signal(signal.SIGINT, ctrl_c)
+        signal.signal(signal.SIGINT, old_handler)
         save_plots(out, gradients)
         save_history(out, step)
     print(f"Step {step} of {max(step, last_step)}. Look at {out}/samples.gif, losses.png and gradients.png.")
 
 def main(argv=None):
-    """Run the script. Returns the exit code: 2 for bad use, 1 for a fault, each told in one sentence."""
+    """Run the script. Returns the exit code: 2 for bad use, 1 for a fault, told in a sentence over the status line."""
     try:
-        args = parse_args(argv)
-        return (generate if args.sample else train)(args, open_run(args, argv)) or 0  # open_run puts flags into args
+        args, run = open_run(parse_args(argv), argv)
+        return (generate if args.sample else train)(args, run) or 0  # neither returns anything
     except (Fault, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error) and not args.compile:
             raise  # a mistake in the code
-        print("mlp_gan.py:", str(error).partition("\n")[0] or f"stopped by a {type(error).__name__}", file=sys.stderr)
+        print(f"{Path(__file__).name}:", (str(error).split("\n")[0] or repr(error)).ljust(67), file=sys.stderr)
         return 2 if isinstance(error, Misuse) else 1
 
 if __name__ == "__main__":

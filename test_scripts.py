@@ -344,6 +344,7 @@ def test_resume_refuses_a_flag_that_contradicts_the_run(script, copy_one_step, c
     capsys.readouterr()
     said = refusal(capsys, script.main(["--out", "r", "--resume", *flag]), [2])
     assert flag[0] in said
+    assert "omit it" in said
 
 
 def test_a_run_never_writes_over_another(script, pictures, capsys):
@@ -421,6 +422,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(s
         return original(*args) * (math.nan if len(calls) == 5 else 1)
 
     monkeypatch.setattr(script, "generator_loss", loss)
+    monkeypatch.setattr(infogan, "save_traversals", lambda G, args, device: Path("r/traversal.png").touch())
     said = refusal(capsys, run_on_pictures(script, pictures, "r", "--epochs", 9, "--log-every", 1), [1])
     assert "loss_g" in said
     assert "step 5" in said
@@ -428,6 +430,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(s
     assert log("r")[-1]["step"] == "4"
     assert Path("r/losses.png").exists()
     assert Path("r/samples.gif").exists()
+    assert not [name for name in ("interpolation.gif", "traversal.png") if Path("r", name).exists()]  # of nan: black
 
 
 def test_sample_writes_single_pictures_of_their_own_size(script, copy_one_step, capsys):
@@ -694,6 +697,34 @@ def test_on_a_terminal_one_line_is_redrawn(script, pictures, capsys, monkeypatch
         assert len(line) < 80  # or a terminal would wrap it
 
 
+def test_a_fault_on_a_terminal_covers_the_status_line(script, pictures, capsys, monkeypatch):
+    def full(path, content):
+        if path.name == "checkpoint.pt":
+            raise OSError(28, "No space left on device")
+        save(path, content)
+
+    save = script.save_atomically
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(script, "save_atomically", full)
+    assert run_on_pictures(script, pictures, "r", "--epochs", 2, "--log-every", 1) == 1
+    out, said = capsys.readouterr()
+    assert out.endswith("\r")
+    assert len(said) > len(out.splitlines()[-1].rstrip())  # with its end of line
+    assert said.startswith(f"{script.__name__}.py: [Errno 28]")
+
+
+def test_a_copy_of_a_script_has_runs_of_its_own(script, pictures, capsys, tmp_path, monkeypatch):
+    source = (HERE / f"{script.__name__}.py").read_text()
+    monkeypatch.syspath_prepend(tmp_path)
+    Path(f"my_{script.__name__}.py").write_text(source.replace("nn.Tanh()", "nn.Hardtanh()"))
+    mine = importlib.import_module(f"my_{script.__name__}")
+    flags = [*TINY[script.__name__], "--dataset", "folder", "--data-dir", pictures, "--img-size", "8"]
+    assert mine.main([*flags, "--max-steps", "1"]) == 0
+    G, _ = score.draw(Path(f"runs/my_{script.__name__}-folder/checkpoint.pt"), 4), capsys.readouterr()
+    assert G[0].shape == (4, 3, 8, 8)
+    assert refusal(capsys, mine.main(flags), [2]).startswith(f"my_{script.__name__}.py: runs/my_")
+
+
 def test_images_per_second_and_minutes_left(script, pictures, capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setattr(script, "time", Mock(perf_counter=Mock(side_effect=itertools.count(0, 600))))  # 10 min a step
@@ -772,6 +803,25 @@ def test_snapshots_and_sample_grids(script, pictures):
     assert snapshot["epoch"] == 4
     for name, value in snapshot["G"].items():  # the weights that samples come from
         assert torch.equal(value, checkpoint("r")["G_ema"][f"module.{name}"])
+
+
+def test_a_run_killed_between_snapshot_and_checkpoint_makes_both_again(script, pictures, monkeypatch):
+    def killed(path, content):
+        save(path, content)
+        if path.name == "epoch_002.pt":
+            raise KeyboardInterrupt
+
+    save, few = script.save_atomically, ["--snapshot-every", 2, "--epochs", 2]
+    run_on_pictures(script, pictures, "whole", *few)
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "save_atomically", killed)
+        assert run_on_pictures(script, pictures, "r", *few) == 1
+    assert checkpoint("r")["epoch"] == 1
+    Path("r/generators/epoch_002.pt").unlink()
+    assert script.main(["--resume", "--out", "r"]) == 0
+    kept = [torch.load(f"{out}/generators/epoch_002.pt", weights_only=True)["G"] for out in ("whole", "r")]
+    for name, value in kept[0].items():
+        assert torch.equal(value, kept[1][name])
 
 
 def test_plots_are_drawn_after_each_epoch_but_not_all_the_time(script, pictures, digits, monkeypatch):
@@ -2004,12 +2054,12 @@ def test_a_resumed_run_logs_the_error_that_was_measured_last(digits):
 
 
 def test_q_meets_real_pictures_with_their_own_batch_norm_statistics(digits):
-    data, D = common.load_data("digits", digits), infogan.Discriminator()
+    data, D = common.load_data("digits", digits), infogan.Discriminator().eval()
     D(torch.randn(64, 1, 28, 28))  # fakes
     infogan.measure(D, data, torch.arange(900, 2000), torch.arange(300), infogan.parse_args(["--out", "."]), "cpu")
     seen = D.trunk[:3](common.to_batch(data.images, torch.arange(900, 1412)))
     assert torch.allclose(D.trunk[3].running_mean, seen.mean((0, 2, 3)), atol=1e-5)
-    assert D.training
+    assert not D.training
 
 
 def test_the_codes_of_the_digits_are_compared_with_their_factors(digits, monkeypatch):
@@ -2027,7 +2077,7 @@ def test_the_codes_of_the_digits_are_compared_with_their_factors(digits, monkeyp
     forward.at = 0
     monkeypatch.setattr(infogan.Discriminator, "forward", forward)
     args = infogan.parse_args(["--out", "."])
-    infogan.measure(infogan.Discriminator(), data, torch.arange(9), torch.arange(2000), args, "cpu")
+    infogan.measure(infogan.Discriminator().eval(), data, torch.arange(9), torch.arange(2000), args, "cpu")
     names, r = list(data.factors), shown[1]
     assert r.shape == (2, len(names))
     assert r[0, names.index("slant")] == pytest.approx(1, abs=1e-4)  # any falling curve is a rank correlation of 1

@@ -20,7 +20,7 @@ the log, also on pictures kept from training: a W much lower on them shows that 
 Where this differs from the papers (theirs in brackets): rates 1e-3, of D without gp 2e-4 (Adam 1e-4, RMSprop 5e-5);
 clip within 0.05 (0.01), with layer norm (batch norm) in D; betas as in Algorithm 1 (their MNIST code: (0.5, 0.9)); z of
 100 (128); batch 32 (64); kernels 4x4 (5x5); widths 16, 32, two layers at each resolution (wider, one); the residual
-critic flattens its last layer (averages it); PyTorch's first weights; samples from an average of G's weights."""
+critic flattens its last layer (averages it); PyTorch's initial weights; samples from an average of G's weights."""
 import argparse
 import json
 import math
@@ -134,12 +134,12 @@ def number(kind, low, high=math.inf):  # a type for argparse: an int or a float 
     return number
 
 def parse_args(argv=None, known=None):
-    """The flags; those that do not stand in argv are as in known, a Namespace, or as their defaults."""
+    """The flags: from argv, else from known, a Namespace, else their defaults."""
     parser = argparse.ArgumentParser(description="WGAN-GP, arXiv 1704.00028. In brackets: the defaults.")
     count, share, amount = number(int, 1), number(float, 0, 1), number(float, 0, 1e9)
-    groups = ("run", "data", "model", "optimiser", "Lipschitz constraint")
-    run, data, model, adam, lipschitz = (parser.add_argument_group(group).add_argument for group in groups)
-    run("--epochs", type=count, help="passes over the data, in all (10, or more: as many as make 4,000 steps)")
+    groups = [parser.add_argument_group(name) for name in ("run", "data", "model", "optimiser", "Lipschitz constraint")]
+    run, data, model, adam, lipschitz = (group.add_argument for group in groups)
+    run("--epochs", type=count, help="passes over the data, in all (10, or enough for 4,000 steps)")
     run("--max-steps", type=count, help="stop after so many steps, if that comes first (never)")
     run("--batch-size", type=number(int, 2), default=32, help="pictures in a batch (%(default)s)")
     run("--seed", type=number(int, 0, 2**31), default=0, help="of the weights, the noise and the order (%(default)s)")
@@ -150,16 +150,16 @@ def parse_args(argv=None, known=None):
     run("--overwrite", action="store_true", help="replace the run that is in the folder")
     run("--resume", action="store_true", help="go on with the run that is in the folder, by its flags, to --epochs")
     run("--sample", type=count, metavar="N", help="train nothing: write N pictures with the folder's checkpoint")
-    run("--log-every", type=count, default=50, help="steps from one row of log.csv to the next (%(default)s)")
-    run("--sample-every", type=count, help="steps from one more sample grid to the next (none; epoch 1: 1, 2, 4, ...)")
-    run("--snapshot-every", type=count, help="epochs from one copy of G in generators/ to the next (none)")
+    run("--log-every", type=count, default=50, help="steps between rows of log.csv (%(default)s)")
+    run("--sample-every", type=count, help="steps between extra sample grids (none; in epoch 1: 1, 2, 4, ...)")
+    run("--snapshot-every", type=count, help="epochs between copies of G in generators/ (none)")
     data("--dataset", choices=list(DATASETS), default="digits", help="folder: your own pictures (%(default)s)")
     data("--data-dir", default="data", help="where the data is, or is downloaded to (%(default)s)")
     data("--classes", type=int, nargs="+", help="only the pictures with these labels (all)")
     data("--background", default="white", help="what transparent pictures are laid on (%(default)s)")
     data("--img-size", type=count, help="resize the pictures to this (the size of the data; 64 for folder)")
     model("--latent-dim", type=count, default=100, help="how many numbers z has (%(default)s)")
-    model("--hidden-channels", type=count, nargs="+", help="from the image inwards (32 64 / depth; 64x64: 32 64 128)")
+    model("--hidden-channels", type=count, nargs="+", help="from image to z (16 32; depth 1: 32 64; 64x64: 32 64 128)")
     model("--arch", choices=["conv", "resnet"], default="conv", help="resnet: residual blocks, as in 1704.00028 (conv)")
     model("--depth", type=count, help="convolutions at each resolution of conv, the extra ones 3x3 (1; under 64x64 2)")
     model("--critic-norm", choices=["none", "layer"], help="layer norm in the critic (layer with clip, else none)")
@@ -175,41 +175,41 @@ def parse_args(argv=None, known=None):
     lipschitz("--clip-value", type=number(float, 1e-6), default=0.05, help="clip: bound of D's weights (%(default)s)")
     lipschitz("--critic-steps", type=count, default=5, help="D updates for each update of G (%(default)s)")
     args = parser.parse_args(argv, known)
-    args.script, args.out = "wgan_gp", args.out or f"runs/wgan_gp-{args.dataset}"
+    args.script, args.out = Path(__file__).stem, args.out or f"runs/{Path(__file__).stem}-{args.dataset}"
     args.critic_norm = args.critic_norm or ("layer" if args.lipschitz == "clip" else "none")
     args.lr_d = (1e-3 if args.lipschitz == "gp" else 2e-4) if args.lr_d is None else args.lr_d
     return args
 
 def pick_device(args):
-    """The device, and whether to compute in bfloat16: where that is native; emulated it is slow. Raises Misuse."""
+    """The device, and whether to compute in bfloat16: "auto" does where it is not emulated. Raises Misuse."""
     best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
         device = torch.zeros(1, device=best if args.device == "auto" else args.device).device
     except (RuntimeError, AssertionError, ImportError) as error:
         raise Misuse(f"--device {args.device} is not there, or not for this torch: auto is {best} here.") from error
     has = torch.cpu.get_capabilities() if device.type == "cpu" else {"bf16": torch.cuda.is_bf16_supported(False)}
-    return device, {"bf16": True, "fp32": False}.get(args.precision, has.get("avx512_bf16", has.get("bf16", False)))
+    return device, {"bf16": True, "fp32": False, "auto": has.get("avx512_bf16", has.get("bf16", False))}[args.precision]
 
 def open_run(args, argv):
-    """The checkpoint in args.out, its flags put into args; None for a new run. Raises Misuse or Fault."""
+    """args and None for a new run; else the flags and the checkpoint of the run in args.out. Raises Misuse or Fault."""
     path = Path(args.out) / "checkpoint.pt"
     if not (args.resume or args.sample):
-        if any(path.with_name(name).exists() for name in ("args.json", path.name)) and not args.overwrite:
+        if (path.exists() or path.with_name("args.json").exists()) and not args.overwrite:
             raise Misuse(f"{args.out} holds a run: --resume continues it, --overwrite replaces it, --out avoids it.")
-        return None
+        return args, None
     try:
         run = {} if ZipFile(path).testzip() else torch.load(path, map_location="cpu", weights_only=True)  # {}: damaged
         flags = run["args"] | {"out": args.out, "max_steps": None}
-        vars(args).update(vars(parse_args(argv, argparse.Namespace(**flags))))  # argv again: it wins over flags
+        args = parse_args(argv, argparse.Namespace(**flags))  # argv again: it wins over flags
         for name, network in zip("GD", build(argparse.Namespace(**flags)), strict=True):
             network.load_state_dict(run[name])  # only to see if they fit
     except Exception as error:  # torch.load raises many kinds for a file that is not a checkpoint
         raise Fault(f"{path} is missing, damaged or of other networks: change --out, or --overwrite alone.") from error
-    free = {"epochs", "max_steps", "device", "data_dir", "out", "overwrite", "resume", "sample", args.sample and "seed"}
+    free = {"epochs", "max_steps", "device", "data_dir", "out", "overwrite", "resume", "sample"}
     for name, value in flags.items():
-        if getattr(args, name) != value and name not in free:
-            raise Misuse(f"{path} has --{name.replace('_', '-')} {value}: leave it as it is, or change --out.")
-    return run
+        if getattr(args, name) != value and name not in free and not (args.sample and name == "seed"):
+            raise Misuse(f"{path} has --{name.replace('_', '-')} {value}: omit it, or change --out.")
+    return args, run
 
 def build(args):
     """G and D as the flags say."""
@@ -246,9 +246,10 @@ def train(args, run):
         raise Fault(f"{out} was trained on {args.num_images} pictures of {args.img_channels} channels, not these.")
     args.num_images, args.img_channels, args.img_size, _ = images.shape  # for build() and the checkpoint
     args.depth = args.depth or (2 if args.arch == "conv" and args.img_size < 64 else 1)
-    width, powers = 32 // args.depth if args.arch == "conv" else 32, range(max(1, round(math.log2(args.img_size / 8))))
-    args.hidden_channels = args.hidden_channels or [max(1, width << n) for n in powers]  # for a laptop
-    torch.manual_seed(args.seed + run["step"] if run else args.seed)  # on a GPU a resumed run draws new noise
+    halvings = max(1, round(math.log2(args.img_size / 8)))  # down to about 8x8
+    width = 32 // args.depth if args.arch == "conv" else 32
+    args.hidden_channels = args.hidden_channels or [max(1, width * 2**n) for n in range(halvings)]
+    torch.manual_seed(args.seed + (run["step"] if run else 0))  # on a GPU a resumed run draws new noise
     G, D = (network.to(device, memory_format=torch.channels_last) for network in build(args))
     G_ema = AveragedModel(G)
     adam = partial(torch.optim.Adam, betas=args.betas, fused=True) if args.lipschitz != "clip" else torch.optim.RMSprop
@@ -278,17 +279,17 @@ def train(args, run):
         for name in ("checkpoint.pt", "generated.png", "samples/[0-9]*.png", "generat*/*[0-9].p*"):
             list(map(Path.unlink, sorted(out.glob(name))))
     (out / "samples").mkdir(parents=True, exist_ok=True)
-    imageio.imwrite(out / "real.png", grid(images[:: len(images) // 64 or 1][:64].cpu()))
+    imageio.imwrite(out / "real.png", grid(images[:: max(1, len(images) // 64)][:64].cpu()))
     imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed[:64])))
-    save_atomically(out / "log.csv", "\n".join([*log, ""]).encode())  # without rows after a killed run's checkpoint
+    save_atomically(out / "log.csv", ("\n".join(log) + "\n").encode())  # no rows later than the checkpoint
     save_atomically(out / "args.json", json.dumps(vars(args) | facts, indent=2).encode())
     print(f"{len(images):,} pictures {tuple(images.shape[1:])}, parameters {counts}, {facts['on']}, {out}", flush=True)
     first, stop, started = step, [], time.perf_counter()
-    ctrl_c = signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # one more step, then save
+    old_handler = signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # one more step, then save
     try:
         for step in range(first + 1, last_step + 1):
             epoch, i = divmod(step - 1, steps_per_epoch)
-            epoch_ends, stopping = i + 1 == steps_per_epoch, step == last_step or bool(stop)
+            epoch_ends, stopping = (i + 1 == steps_per_epoch), (step == last_step or bool(stop))
             logging = epoch_ends or stopping or step % args.log_every == 0
             fade = (1 + math.cos(math.pi * (step - 1) / last_step)) / 2 if args.lr_schedule == "cosine" else 1
             opt_g.param_groups[0]["lr"], opt_d.param_groups[0]["lr"] = args.lr_g * fade, args.lr_d * fade
@@ -343,36 +344,36 @@ def train(args, run):
                 line += f"{row[5]:.3f} {row[4]:.0f} img/s {(last_step - step) / speed / 60:.1f} min left "
                 if sys.stdout.isatty() or epoch_ends:
                     print(line, end="\r" if sys.stdout.isatty() and not stopping else "\n", flush=True)
-            keeping = epoch_ends and (epoch + 1) % (args.snapshot_every or math.inf) == 0
+            keeping = epoch_ends and bool(args.snapshot_every) and (epoch + 1) % args.snapshot_every == 0
             saving = keeping or stopping or (epoch_ends and (epoch < 100 or step % 100 < steps_per_epoch))
-            if saving or step % (args.sample_every or last_step) == 0 or (epoch == 0 and step & (step - 1) == 0):
+            if saving or step % (args.sample_every or last_step) == 0 or (epoch == 0 and step.bit_count() == 1):
                 update_bn(z_fixed.split(128), G_ema)  # the copied statistics of batch norm do not fit averaged weights
                 imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed[:64])))
-            if saving:  # after each epoch; of those under 100 steps after the first 100, then once in 100 steps
-                state = {"args": vars(args), "step": step, "epoch": epoch + epoch_ends}
+            state = {"args": vars(args), "step": step, "epoch": epoch + epoch_ends}
+            if keeping:  # before the checkpoint: a run that is killed between the two makes it again
+                save_atomically(out / f"generators/epoch_{epoch + 1:03d}.pt", state | {"G": G_ema.module.state_dict()})
+            if saving:  # after each epoch; from the 101st on, of those under 100 steps, once in 100 steps
                 rest = {name: part.state_dict() for name, part in parts.items()} | {"rng": torch.get_rng_state()}
                 save_atomically(out / "checkpoint.pt", state | rest | {"z_fixed": z_fixed})
                 if step % 100 < steps_per_epoch:  # at most once in 100 steps: drawing takes as long as many steps
                     save_plots(out)
-            if keeping:
-                save_atomically(out / f"generators/epoch_{epoch + 1:03d}.pt", state | {"G": G_ema.module.state_dict()})
             if stopping:
                 break
     finally:  # at the end, after Ctrl-C, and after a fault
-        signal.signal(signal.SIGINT, ctrl_c)
+        signal.signal(signal.SIGINT, old_handler)
         save_plots(out)
         save_history(out, step)
     print(f"Step {step} of {max(step, last_step)}. Look at {out}/samples.gif and losses.png.")
 
 def main(argv=None):
-    """Run the script. Returns the exit code: 2 for bad use, 1 for a fault, each told in one sentence."""
+    """Run the script. Returns the exit code: 2 for bad use, 1 for a fault, told in a sentence over the status line."""
     try:
-        args = parse_args(argv)
-        return (generate if args.sample else train)(args, open_run(args, argv)) or 0  # open_run puts flags into args
+        args, run = open_run(parse_args(argv), argv)
+        return (generate if args.sample else train)(args, run) or 0  # neither returns anything
     except (Fault, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error) and not args.compile:
             raise  # a mistake in the code
-        print("wgan_gp.py:", str(error).partition("\n")[0] or f"stopped by a {type(error).__name__}", file=sys.stderr)
+        print(f"{Path(__file__).name}:", (str(error).split("\n")[0] or repr(error)).ljust(67), file=sys.stderr)
         return 2 if isinstance(error, Misuse) else 1
 
 if __name__ == "__main__":

@@ -186,7 +186,7 @@ def measure(name, flags, data, steps, rounds):
 
 def table_of_scripts(rounds, shorter):
     """One row a script and precision."""
-    print("| script | precision | images/s | times as fast as a plain loop | its batch ready | over the bound | Adam |")
+    print("| script | precision | images/s | times as fast as a plain loop | no DataLoader | over the bound | Adam |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for title, (name, flags, steps) in ROWS.items():
         size = 32 if "--img-size 32" in flags else 28
