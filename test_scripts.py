@@ -21,6 +21,7 @@ import socket
 import subprocess
 import sys
 import zipfile
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -720,8 +721,10 @@ def test_a_copy_of_a_script_has_runs_of_its_own(script, pictures, capsys, tmp_pa
     mine = importlib.import_module(f"my_{script.__name__}")
     flags = [*TINY[script.__name__], "--dataset", "folder", "--data-dir", pictures, "--img-size", "8"]
     assert mine.main([*flags, "--max-steps", "1"]) == 0
-    G, _ = score.draw(Path(f"runs/my_{script.__name__}-folder/checkpoint.pt"), 4), capsys.readouterr()
-    assert G[0].shape == (4, 3, 8, 8)
+    out = Path(f"runs/my_{script.__name__}-folder")
+    assert checkpoint(out)["args"]["script"] == f"my_{script.__name__}"  # whose G is scored
+    assert score.draw(out / "checkpoint.pt", 4)[0].shape == (4, 3, 8, 8)
+    capsys.readouterr()
     assert refusal(capsys, mine.main(flags), [2]).startswith(f"my_{script.__name__}.py: runs/my_")
 
 
@@ -839,6 +842,8 @@ def test_plots_are_drawn_after_each_epoch_but_not_all_the_time(script, pictures,
     run(script, "--data-dir", digits, *small, "--epochs", 1, "--out", "long")
     assert drawn[0] > 100
     assert len(drawn) == 2  # after the epoch, and at the end
+    grids = [int(path.stem) for path in sorted(Path("long/samples").iterdir())]
+    assert grids == [0, 1, 2, 4, 8, 16, 32, 64, drawn[0]]
 
 
 def test_after_a_hundred_short_epochs_few_are_saved(script, tmp_path, monkeypatch):
@@ -1170,12 +1175,15 @@ def test_hinge_loss_against_hand_computed_numbers():
     assert dcgan.generator_loss(fake, "hinge").item() == (3 - 0.25) / 2
 
 
-def test_label_smoothing_is_one_sided_and_asks_for_less_than_certainty():
+@pytest.mark.parametrize("loss", [mlp_gan.discriminator_loss, partial(dcgan.discriminator_loss, loss="bce")])
+def test_label_smoothing_is_one_sided_and_asks_for_less_than_certainty(loss):
     logits = torch.linspace(-6, 6, 2401)
     fake = torch.zeros(1)
-    losses = torch.stack([dcgan.discriminator_loss(logit[None], fake, "bce", 0.1) for logit in logits])
+    losses = torch.stack([loss(logit[None], fake, smoothing=0.1) for logit in logits])
     assert abs(logits[losses.argmin()].sigmoid().item() - 0.9) < 0.01
-    gap = dcgan.discriminator_loss(fake, logits, "bce", 0.1) - dcgan.discriminator_loss(fake, logits, "bce", 0.0)
+    entropy = -(0.9 * math.log(0.9) + 0.1 * math.log(0.1))
+    assert losses.min().item() == pytest.approx(entropy + math.log(2), abs=1e-4)
+    gap = loss(fake, logits, smoothing=0.1) - loss(fake, logits, smoothing=0.0)
     assert abs(gap.item()) < 1e-6  # for fakes nothing changes; at logit 0 real costs ln 2 either way
 
 
@@ -1253,8 +1261,9 @@ def test_flip_labels(pictures, monkeypatch):
     run_on_pictures(dcgan, pictures, "none", "--max-steps", 1)
     assert torch.equal(seen["loss_d"][1][0], seen["out"][3])
     run_on_pictures(dcgan, pictures, "half", "--epochs", 9, "--flip-labels", 0.5)
-    flipped = torch.cat([a[0] for a in seen["loss_d"][2:]]) != torch.cat(seen["out"][6::3])
-    assert 0.35 < flipped.float().mean() < 0.65
+    real, fake = (torch.cat([a[i] for a in seen["loss_d"][2:]]) != torch.cat(seen["out"][6 + i :: 3]) for i in (0, 1))
+    for flipped in (real, fake, real ^ fake):  # the labels of the fakes by themselves
+        assert 0.35 < flipped.float().mean() < 0.65
 
 
 def test_instance_noise_is_on_all_that_d_sees_and_falls_to_zero(pictures, monkeypatch):
@@ -2062,9 +2071,22 @@ def test_q_meets_real_pictures_with_their_own_batch_norm_statistics(digits):
     assert not D.training
 
 
+def test_a_run_measures_the_average_of_d_in_eval_mode(digits, monkeypatch):
+    modes = []
+
+    def measure(D, *_):
+        modes.append((D.training, isinstance(D, AveragedModel)))
+        return 0.5
+
+    monkeypatch.setattr(infogan, "measure", measure)
+    run(infogan, "--data-dir", digits, "--max-steps", 1)
+    assert modes == [(False, True)] * 2  # before the first step, and at the end
+
+
 def test_the_codes_of_the_digits_are_compared_with_their_factors(digits, monkeypatch):
-    shown = []
+    shown, texts = [], []
     monkeypatch.setattr("matplotlib.axes.Axes.imshow", lambda self, r, **kwargs: shown.append(r))
+    monkeypatch.setattr("matplotlib.axes.Axes.text", lambda self, *at, **kwargs: texts.append(at))
     data = common.load_data("digits", digits)
     factor = data.factors["slant"]
 
@@ -2083,6 +2105,8 @@ def test_the_codes_of_the_digits_are_compared_with_their_factors(digits, monkeyp
     assert r[0, names.index("slant")] == pytest.approx(1, abs=1e-4)  # any falling curve is a rank correlation of 1
     assert r[0, names.index("rotation")] < 0.1
     assert r[1].max() < 0.1
+    cells = [(column, row, f"{value:.2f}") for (row, column), value in np.ndenumerate(r) if value >= 0.005]
+    assert texts[-len(cells) :] == cells
 
 
 def test_each_sweep_of_a_traversal_moves_one_number(monkeypatch):
