@@ -1,8 +1,8 @@
 r"""DCGAN, the convolutional GAN of Radford, Metz and Chintala 2015, arXiv 1511.06434.
 
-A generator G turns noise z into a picture; a discriminator D says how likely a picture is to be real. Each is trained
-against the other: ideally until D can no longer tell G(z) from the data x. DCGAN is the recipe that made this work with
-convolutions: strides in place of pooling, batch norm in both networks, ReLU in G, LeakyReLU in D.
+Two networks play a game: the generator G turns noise z into a picture, the discriminator D says how likely a picture is
+to be real. D learns to tell pictures of the data, x, from G's; G learns to make pictures that D takes for real.
+DCGAN made this work with convolutions: strides in place of pooling, batch norm in both, ReLU in G, LeakyReLU in D.
     D maximises  log D(x) + log(1 - D(G(z)))    loss_d = -mean log D(x) - mean log(1 - D(G(z)))
     G maximises  log D(G(z))                    loss_g = -mean log D(G(z))
     python dcgan.py                             # the built-in digits, no download
@@ -152,7 +152,7 @@ def parse_args(argv=None, known=None):
     run("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
     run("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="bf16 where the hardware has it (auto)")
     run("--compile", action="store_true", help="torch.compile G, and D without --r1: slow to start, for GPUs only")
-    run("--out", help="the folder of the run (runs/dcgan-DATASET)")
+    run("--out", help="the folder of the run (runs/SCRIPT-DATASET)")
     run("--overwrite", action="store_true", help="replace the run that is in the folder")
     run("--resume", action="store_true", help="go on with the run that is in the folder, by its flags, to --epochs")
     run("--sample", type=count, metavar="N", help="train nothing: write N pictures with the folder's checkpoint")

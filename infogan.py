@@ -133,7 +133,7 @@ def parse_args(argv=None, known=None):
     run("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
     run("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="bf16 where the hardware has it (auto)")
     run("--compile", action="store_true", help="torch.compile both networks: slow to start, for GPUs only")
-    run("--out", help="the folder of the run (runs/infogan-DATASET)")
+    run("--out", help="the folder of the run (runs/SCRIPT-DATASET)")
     run("--overwrite", action="store_true", help="replace the run that is in the folder")
     run("--resume", action="store_true", help="go on with the run that is in the folder, by its flags, to --epochs")
     run("--sample", type=count, metavar="N", help="train nothing: write N pictures with the folder's checkpoint")
@@ -337,7 +337,7 @@ def train(args, run):
             # (1) D step: maximise log D(x_real) + log(1 - D(G(z, c))) + weight * L
             D.requires_grad_(True)
             index = training[epoch_order(len(training), batch_size, args.seed, epoch)[i]]  # (B,)
-            x_real = to_batch(images, index, device)  # (B, C, H, W)
+            x_real = to_batch(images, index, device)  # (B, C, H, W) in [-1, 1]
             c = draw_codes(batch_size, sizes, args.continuous, device)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 x_fake = G(torch.cat([torch.randn(batch_size, args.latent_dim, device=device), c], 1))  # kept for (2)

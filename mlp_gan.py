@@ -79,7 +79,7 @@ def parse_args(argv=None, known=None):
     run("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
     run("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="bf16 where the hardware has it (auto)")
     run("--compile", action="store_true", help="torch.compile both networks: slow to start, for GPUs only")
-    run("--out", help="the folder of the run (runs/mlp_gan-DATASET)")
+    run("--out", help="the folder of the run (runs/SCRIPT-DATASET)")
     run("--overwrite", action="store_true", help="replace the run that is in the folder")
     run("--resume", action="store_true", help="go on with the run that is in the folder, by its flags, to --epochs")
     run("--sample", type=count, metavar="N", help="train nothing: write N pictures with the folder's checkpoint")

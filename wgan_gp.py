@@ -146,7 +146,7 @@ def parse_args(argv=None, known=None):
     run("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
     run("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="bf16 where the hardware has it (auto)")
     run("--compile", action="store_true", help="torch.compile G, and D without gp: slow to start, for GPUs only")
-    run("--out", help="the folder of the run (runs/wgan_gp-DATASET)")
+    run("--out", help="the folder of the run (runs/SCRIPT-DATASET)")
     run("--overwrite", action="store_true", help="replace the run that is in the folder")
     run("--resume", action="store_true", help="go on with the run that is in the folder, by its flags, to --epochs")
     run("--sample", type=count, metavar="N", help="train nothing: write N pictures with the folder's checkpoint")
@@ -297,7 +297,7 @@ def train(args, run):
             D.requires_grad_(True)
             order = epoch_order(len(training), batch_size * args.critic_steps, args.seed, epoch)[i]
             for index in training[order].split(batch_size):  # critic_steps times (B,)
-                x_real = to_batch(images, index, device)  # (B, C, H, W)
+                x_real = to_batch(images, index, device)  # (B, C, H, W) in [-1, 1]
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     with torch.no_grad():
                         x_fake = G(torch.randn(batch_size, args.latent_dim, device=device))
