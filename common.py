@@ -7,7 +7,6 @@ import io
 import math
 import os
 import socket
-import time
 import urllib.request
 import zipfile
 from functools import lru_cache, partial
@@ -42,8 +41,8 @@ class Data(NamedTuple):
     factors: dict | None = None  # what each of `digits` was rendered from: name -> float (N,)
 
 def load_data(dataset, data_dir="data", img_size=None, classes=None, background="white", device="cpu"):
-    """The data set of this name in DATASETS, whole, on the device. img_size None is its own, 64 for `folder`; classes
-    keeps only these labels; background goes below transparency. Raises Misuse (flags), Fault (data missing or bad)."""
+    """The data set of this name in DATASETS, on the device if it fits (RESIDENT). img_size None is its own, 64 for a
+    folder; classes keeps only these labels; background goes below transparency. Raises Misuse (flags), Fault (data)."""
     torch.empty(31 * 2**20, dtype=torch.uint8)  # freed: glibc now keeps 62 MB; page faults took up to 9% of a step
     try:
         background = ImageColor.getrgb(background)[:3]
@@ -92,18 +91,21 @@ def grid(images, columns=8):
     images = F.interpolate(images, [min(zoom * images.shape[-1], 256)] * 2)  # to the nearest pixel
     return make_grid(images, columns, padding=2 * zoom, pad_value=96).permute(1, 2, 0).numpy()
 
+def save_png(path, picture):
+    """A picture, uint8 (height, width) or (height, width, 3), as a file that is whole or not there."""
+    save_atomically(path, imageio.imwrite("<bytes>", picture, format="png"))
+
 def save_pictures(folder, images):
     """uint8 (N, C, H, W) as N single pictures in the folder, and all of them on a grid beside it."""
-    folder.mkdir(exist_ok=True)
     list(map(Path.unlink, sorted(folder.glob("[0-9]*.png"))))  # of another --sample
     for i, image in enumerate(images):
-        imageio.imwrite(folder / f"{i:05d}.png", image.permute(1, 2, 0).squeeze(2).numpy())
-    imageio.imwrite(f"{folder}.png", grid(images))
+        save_png(folder / f"{i:05d}.png", image.permute(1, 2, 0).squeeze(2).numpy())
+    save_png(folder.with_suffix(".png"), grid(images))
     print(f"{len(images)} pictures in {folder}, all of them in {folder}.png")
 
 def save_gif(path, frames, duration):
     """Pictures, uint8 (height, width, 3), each shown for so many milliseconds, over and over."""
-    path.write_bytes(imageio.mimwrite("<bytes>", frames, format="gif", duration=duration, loop=0))
+    save_atomically(path, imageio.mimwrite("<bytes>", frames, format="gif", duration=duration, loop=0))
 
 def save_history(out, step):
     """samples.gif: the grids in out/samples up to this step, 60 of them at most, the last one held."""
@@ -284,7 +286,6 @@ def load_folder(dataset, data_dir, img_size, background):
 
 def decode(names, size, background, file, channels=1):
     """Write the pictures, uint8 (N, 1, size, size), or (N, 3, size, size) as soon as one of them has a colour."""
-    started = time.perf_counter()
     for i, name in enumerate(names):
         picture = read_picture(name, size, background)
         if channels == 1 and (picture != picture[:1]).any():
@@ -292,8 +293,7 @@ def decode(names, size, background, file, channels=1):
             return decode(names, size, background, file, channels=3)
         file.write(picture[:channels].numpy().tobytes())
         if i % 10_000 == 9_999:
-            left = (time.perf_counter() - started) / (i + 1) * (len(names) - i - 1) / 60
-            print(f"{i + 1:,} of {len(names):,} pictures read, {left:.1f} min left", flush=True)
+            print(f"{i + 1:,} of {len(names):,} pictures read", flush=True)
     return file
 
 DATASETS = {"digits": load_digits, "mnist": load_idx, "fashion": load_idx, "stacked-mnist": load_stacked}

@@ -27,7 +27,6 @@ import time
 from pathlib import Path
 from zipfile import ZipFile
 
-import imageio.v2 as imageio
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -37,7 +36,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torchvision.ops import Permute
 from common import DATASETS, Fault, Misuse, epoch_order, fixed_noise, grid, load_data, sample, save_atomically
-from common import save_gif, save_history, save_pictures, to_batch
+from common import save_gif, save_history, save_pictures, save_png, to_batch
 
 class Generator(nn.Sequential):
     """z (B, latent_dim) -> image (B, img_channels, img_size, img_size) in [-1, 1]; shapes below: default arguments.
@@ -119,7 +118,7 @@ def diffaugment(x):
     hole = ((row - h * top).abs() < h / 4) & ((column - w * left).abs() < w / 4)  # (B, 1, H, W), half as wide
     row = (row + ((down - 0.5) * h / 4).round().long()).clamp(0, h - 1).squeeze(1)  # (B, H, 1), from up to 1/8 away
     column = (column + ((right - 0.5) * w / 4).round().long()).clamp(0, w - 1).squeeze(1)  # (B, 1, W)
-    x = x.permute(0, 2, 3, 1)[torch.arange(b).view(b, 1, 1), row, column]  # (B, H, W, C)
+    x = x.permute(0, 2, 3, 1)[torch.arange(b, device=x.device).view(b, 1, 1), row, column]  # (B, H, W, C)
     return x.permute(0, 3, 1, 2).masked_fill(hole, 0)
 
 def noise_path(z, kind, frames=12):
@@ -145,12 +144,12 @@ def parse_args(argv=None, known=None):
     count, share, amount = number(int, 1), number(float, 0, 1), number(float, 0, 1e9)
     groups = [parser.add_argument_group(name) for name in ("run", "data", "model", "optimiser", "tricks")]
     run, data, model, adam, trick = (group.add_argument for group in groups)
-    run("--epochs", type=count, help="passes over the data, in all (10, or enough for 9,000 steps)")
+    run("--epochs", type=count, help="passes over the data, in all (10; more if under 9,000 steps)")
     run("--max-steps", type=count, help="stop after so many steps, if that comes first (never)")
     run("--batch-size", type=number(int, 2), default=64, help="pictures in a batch (%(default)s)")
     run("--seed", type=number(int, 0, 2**31), default=0, help="of the weights, the noise and the order (%(default)s)")
     run("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
-    run("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="bf16 where the hardware has it (auto)")
+    run("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 if CPU or CUDA has it (auto)")
     run("--compile", action="store_true", help="torch.compile G, and D without --r1: slow to start, for GPUs only")
     run("--out", help="the folder of the run (runs/SCRIPT-DATASET)")
     run("--overwrite", action="store_true", help="replace the run that is in the folder")
@@ -184,7 +183,7 @@ def parse_args(argv=None, known=None):
     trick("--loss", choices=["bce", "hinge"], default="bce", help="hinge: Geometric GAN, 1705.02894 (%(default)s)")
     trick("--r1", type=amount, default=0, help="1801.04406: this / 2 * |grad D(x)|^2, with --d-norm none (off)")
     trick("--label-smoothing", type=share, default=0, help="D's target for real is 1 - this: 1606.03498 (off)")
-    trick("--flip-labels", type=share, default=0, help="share of labels that D gets wrong on purpose (off)")
+    trick("--flip-labels", type=share, default=0, help="share of D's labels that are made wrong on purpose (off)")
     trick("--instance-noise", type=amount, default=0, help="noise on all that D sees, falling to 0: 1610.04490 (off)")
     trick("--dropout", type=number(float, 0, 0.99), default=0, help="in D, after activation: against overfitting (off)")
     trick("--diffaugment", action="store_true", help="for few pictures: colour, shift, cut-out, 2006.10738 (off)")
@@ -220,7 +219,7 @@ def open_run(args, argv):
     free = {"epochs", "max_steps", "device", "data_dir", "out", "overwrite", "resume", "sample", "interpolate"}
     for name, value in flags.items():
         if getattr(args, name) != value and name not in free and not (args.sample and name == "seed"):
-            raise Misuse(f"{path} has --{name.replace('_', '-')} {value}: omit it, or change --out.")
+            raise Misuse(f"{path} has {name.replace('_', '-')} {value}: keep to it, or change --out.")
     return args, run
 
 def build(args):
@@ -229,9 +228,9 @@ def build(args):
     G = Generator(args.latent_dim, *shape, args.kernel_size, args.upsample, args.depth, init)
     return G, Discriminator(*shape, args.kernel_size, args.depth, args.d_norm, args.dropout, init)
 
-def save_plots(out):
-    """losses.png: the curves of log.csv, each with its running mean."""
-    log = np.atleast_1d(np.genfromtxt(out / "log.csv", delimiter=",", names=True))
+def save_plots(out, log):
+    """losses.png: the curves of log, the lines of log.csv, each with its running mean."""
+    log = np.atleast_1d(np.genfromtxt(log, delimiter=",", names=True))
     figure, n = Figure(figsize=(13, 3.8), layout="constrained"), len(log) // 40 + 1  # rows in the running mean
     panels = [("loss_d loss_g", "Loss", "loss", {})]
     panels += [("d_real d_fake", "What D thinks: 0.5 is a draw", "probability of being real", {"ylim": (0, 1)})]
@@ -284,11 +283,10 @@ def train(args, run):
         rows = (out / "log.csv").read_text().splitlines()[1:] if (out / "log.csv").exists() else []
         log += [row for row in rows if row.count(",") == log[0].count(",") and int(row.split(",")[1]) <= step]
     elif (out / "args.json").exists():  # --overwrite: what would be left of the run that is replaced
-        for name in ("checkpoint.pt", "generated.png", "samples/[0-9]*.png", "generat*/*[0-9].p*"):
+        for name in ("checkpoint.pt", "generated.png", "interpolation.gif", "samples/[0-9]*.png", "generat*/*[0-9].p*"):
             list(map(Path.unlink, sorted(out.glob(name))))
-    (out / "samples").mkdir(parents=True, exist_ok=True)
-    imageio.imwrite(out / "real.png", grid(images[:: max(1, len(images) // 64)][:64].cpu()))
-    imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed[:64])))
+    save_png(out / "real.png", grid(images[:: max(1, len(images) // 64)][:64].cpu()))
+    save_png(out / f"samples/{step:06d}.png", grid(sample(G_ema, z_fixed[:64])))
     save_atomically(out / "log.csv", ("\n".join(log) + "\n").encode())  # no rows later than the checkpoint
     save_atomically(out / "args.json", json.dumps(vars(args) | facts, indent=2).encode())
     print(f"{len(images):,} pictures {tuple(images.shape[1:])}, parameters {counts}, {facts['on']}, {out}", flush=True)
@@ -343,17 +341,18 @@ def train(args, run):
                     if not math.isfinite(value):
                         raise Fault(f"{name} is {value} at step {step}, which is not saved. Try a lower rate.")
                 if epoch_ends or step % args.log_every == 0:  # not where Ctrl-C fell: a resumed run has the same rows
+                    log.append(",".join([str(epoch + 1), str(step), *(f"{value:.6g}" for value in row)]))
                     with open(out / "log.csv", "a") as file:
-                        print(epoch + 1, step, *(f"{value:.6g}" for value in row), sep=",", file=file)
+                        print(log[-1], file=file)
                 line = f"epoch {epoch + 1}/{args.epochs} [{'#' * (10 * step // last_step):10}] loss_d {row[0]:.3f} "
                 line += f"loss_g {row[1]:.3f} {row[6]:.0f} img/s {(last_step - step) / speed / 60:.1f} min left "
                 if sys.stdout.isatty() or epoch_ends:
                     print(line, end="\r" if sys.stdout.isatty() and not stopping else "\n", flush=True)
             keeping = epoch_ends and bool(args.snapshot_every) and (epoch + 1) % args.snapshot_every == 0
             saving = keeping or stopping or (epoch_ends and (epoch < 100 or step % 100 < steps_per_epoch))
-            if saving or step % (args.sample_every or last_step) == 0 or (epoch == 0 and step.bit_count() == 1):
+            if saving or step % (args.sample_every or math.inf) == 0 or (epoch == 0 and step.bit_count() == 1):
                 update_bn(z_fixed.split(128), G_ema)  # the copied statistics of batch norm do not fit averaged weights
-                imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed[:64])))
+                save_png(out / f"samples/{step:06d}.png", grid(sample(G_ema, z_fixed[:64])))
             state = {"args": vars(args), "step": step, "epoch": epoch + epoch_ends}
             if keeping:  # before the checkpoint: a run that is killed between the two makes it again
                 save_atomically(out / f"generators/epoch_{epoch + 1:03d}.pt", state | {"G": G_ema.module.state_dict()})
@@ -361,12 +360,12 @@ def train(args, run):
                 rest = {name: part.state_dict() for name, part in parts.items()} | {"rng": torch.get_rng_state()}
                 save_atomically(out / "checkpoint.pt", state | rest | {"z_fixed": z_fixed})
                 if step % 100 < steps_per_epoch:  # at most once in 100 steps: drawing takes as long as many steps
-                    save_plots(out)
+                    save_plots(out, log)
             if stopping:
                 break
     finally:  # at the end, after Ctrl-C, and after a fault
         signal.signal(signal.SIGINT, old_handler)
-        save_plots(out)
+        save_plots(out, log)
         save_history(out, step)
     z = noise_path(fixed_noise(4 * 32, args.latent_dim, args.seed).view(4, 32, -1), args.interpolate).to(device)
     save_gif(out / "interpolation.gif", [grid(sample(G_ema, z_t)) for z_t in z], 100)

@@ -6,11 +6,11 @@ digit, the numbers as slant or width. The reward L is a lower bound of the mutua
     I(c; x) = H(c) - H(c|x) = H(c) + E log P(c|x) >= H(c) + E log Q(c|x) = L    for x = G(z, c), P the true posterior
     D and Q maximise  log D(x_real) + log(1 - D(G(z, c))) + weight * L    loss_d and loss_g in the log
     G maximises       log D(G(z, c)) + weight * L                         are without L
-Ten categories, guessed perfectly, give L = ln 10 = 2.303 nats, a number at most ln 2 - ln(2 pi) / 2 = -0.226.
+Ten categories, guessed perfectly, give L = ln 10 = 2.303 nats, a number (variance 1) ln 2 - ln(2 pi) / 2 = -0.226.
     python infogan.py                           # the built-in digits, no download
     python infogan.py --dataset mnist --epochs 20
-What changes from dcgan.py: codes, Q, L; and a test of what the codes mean, on a tenth of the pictures, not trained on:
-by their labels (cluster_error in the log) and by the factors that `digits` were rendered from; both in factors.png.
+What changes from dcgan.py: codes, Q, L; networks with a hidden layer; no tricks; a test of what the codes mean on a
+tenth of the pictures, not trained on: by labels (cluster_error), by the factors of `digits`; both in factors.png.
 Where this differs from the paper (its values in brackets): Q learns categories from fakes slanted, scaled and shifted
 at random, so that none is a slant or size (--augment 0: off); numbers and G's reward are of plain fakes. z is 16 normal
 numbers (62); L weighs 1, for numbers 0.3 (1, or less); D's rate is 5e-4 (2e-4); widths 16, 32, 512 (64, 128, 1024);
@@ -24,7 +24,6 @@ import time
 from pathlib import Path
 from zipfile import ZipFile
 
-import imageio.v2 as imageio
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -33,7 +32,7 @@ from torch.nn.functional import affine_grid, cross_entropy, grid_sample, one_hot
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torchvision.ops import Permute
 from common import DATASETS, Fault, Misuse, epoch_order, fixed_noise, grid, load_data, sample, save_atomically
-from common import save_gif, save_history, save_pictures, to_batch
+from common import save_gif, save_history, save_pictures, save_png, to_batch
 
 class Generator(nn.Sequential):
     """z and c (B, inputs) -> image (B, img_channels, img_size, img_size) in [-1, 1]; shapes below: default arguments.
@@ -126,12 +125,12 @@ def parse_args(argv=None, known=None):
     count, share, amount = number(int, 1), number(float, 0, 1), number(float, 0, 1e9)
     groups = [parser.add_argument_group(name) for name in ("run", "data", "model", "optimiser", "information")]
     run, data, model, adam, info = (group.add_argument for group in groups)
-    run("--epochs", type=count, help="passes over the data, in all (10, or enough for 9,000 steps)")
+    run("--epochs", type=count, help="passes over the data, in all (10; more if under 9,000 steps)")
     run("--max-steps", type=count, help="stop after so many steps, if that comes first (never)")
     run("--batch-size", type=number(int, 2), default=64, help="pictures in a batch (%(default)s)")
     run("--seed", type=number(int, 0, 2**31), default=0, help="of the weights, the noise and the order (%(default)s)")
     run("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
-    run("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="bf16 where the hardware has it (auto)")
+    run("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 if CPU or CUDA has it (auto)")
     run("--compile", action="store_true", help="torch.compile both networks: slow to start, for GPUs only")
     run("--out", help="the folder of the run (runs/SCRIPT-DATASET)")
     run("--overwrite", action="store_true", help="replace the run that is in the folder")
@@ -154,7 +153,7 @@ def parse_args(argv=None, known=None):
     adam("--adam-eps", type=number(float, 1e-20, 1), default=1e-8, help="Adam's epsilon (%(default)s)")
     adam("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: down to 0 (%(default)s)")
     adam("--clip-grad-norm", type=amount, help="scale gradients down to this L2 norm, against jumps (off)")
-    adam("--ema", type=share, default=0.999, help="decay of the averages: G's for samples, D's for the test (0.999)")
+    adam("--ema", type=share, default=0.999, help="decay of averages: G's for samples, D's for the test (0.999)")
     info("--categorical", type=number(int, 2, 250), nargs="+", default=[10], help="categories of each code (10)")
     info("--continuous", type=number(int, 0), default=2, help="how many continuous codes (%(default)s)")
     info("--continuous-variance", choices=["fixed", "learned"], default="fixed", help="Q's: 1, or learned (fixed)")
@@ -193,7 +192,7 @@ def open_run(args, argv):
     free = {"epochs", "max_steps", "device", "data_dir", "out", "overwrite", "resume", "sample"}
     for name, value in flags.items():
         if getattr(args, name) != value and name not in free and not (args.sample and name == "seed"):
-            raise Misuse(f"{path} has --{name.replace('_', '-')} {value}: omit it, or change --out.")
+            raise Misuse(f"{path} has {name.replace('_', '-')} {value}: keep to it, or change --out.")
     return args, run
 
 def build(args):
@@ -251,9 +250,9 @@ def save_traversals(G, args, device):
     if frames:
         save_gif(Path(args.out) / "traversal.gif", frames, 100)
 
-def save_plots(out):
-    """losses.png: the curves of log.csv, each with its running mean."""
-    log = np.atleast_1d(np.genfromtxt(out / "log.csv", delimiter=",", names=True))
+def save_plots(out, log):
+    """losses.png: the curves of log, the lines of log.csv, each with its running mean."""
+    log = np.atleast_1d(np.genfromtxt(log, delimiter=",", names=True))
     figure, n = Figure(figsize=(13, 7), layout="constrained"), len(log) // 40 + 1  # rows in the running mean
     panels = [("loss_d loss_g", "Loss", "loss", {})]
     panels += [("d_real d_fake", "What D thinks: 0.5 is a draw", "probability of being real", {"ylim": (0, 1)})]
@@ -315,12 +314,11 @@ def train(args, run):
         rows = (out / "log.csv").read_text().splitlines()[1:] if (out / "log.csv").exists() else []
         log += [row for row in rows if row.count(",") == log[0].count(",") and int(row.split(",")[1]) <= step]
     elif (out / "args.json").exists():  # --overwrite: what would be left of the run that is replaced
-        own = "factors.png", "traversal.gif"  # not written without labels, or without numbers
+        own = "factors.png", "traversal.png", "traversal.gif"
         for name in ("checkpoint.pt", "generated.png", *own, "samples/[0-9]*.png", "generat*/*[0-9].p*"):
             list(map(Path.unlink, sorted(out.glob(name))))
-    (out / "samples").mkdir(parents=True, exist_ok=True)
-    imageio.imwrite(out / "real.png", grid(images[:: max(1, len(images) // 64)][:64].cpu()))
-    imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed)))
+    save_png(out / "real.png", grid(images[:: max(1, len(images) // 64)][:64].cpu()))
+    save_png(out / f"samples/{step:06d}.png", grid(sample(G_ema, z_fixed)))
     error = run["cluster_error"] if run else measure(D_ema, data, training, held_out, args, device)
     save_atomically(out / "log.csv", ("\n".join(log) + "\n").encode())  # no rows later than the checkpoint
     save_atomically(out / "args.json", json.dumps(vars(args) | facts, indent=2).encode())
@@ -376,16 +374,17 @@ def train(args, run):
                     if not math.isfinite(value):
                         raise Fault(f"{name} is {value} at step {step}, which is not saved. Try a lower rate.")
                 if epoch_ends or step % args.log_every == 0:  # not where Ctrl-C fell: a resumed run has the same rows
+                    log.append(",".join([str(epoch + 1), str(step), *(f"{value:.6g}" for value in [*row, error])]))
                     with open(out / "log.csv", "a") as file:
-                        print(epoch + 1, step, *(f"{value:.6g}" for value in [*row, error]), sep=",", file=file)
+                        print(log[-1], file=file)
                 line = f"epoch {epoch + 1}/{args.epochs} [{'#' * (10 * step // last_step):10}] loss_d {row[0]:.3f} "
                 line += f"loss_g {row[1]:.3f} {row[6]:.0f} img/s {(last_step - step) / speed / 60:.1f} min left "
                 if sys.stdout.isatty() or epoch_ends:
                     print(line, end="\r" if sys.stdout.isatty() and not stopping else "\n", flush=True)
             keeping = epoch_ends and bool(args.snapshot_every) and (epoch + 1) % args.snapshot_every == 0
             saving = keeping or stopping or (epoch_ends and (epoch < 100 or step % 100 < steps_per_epoch))
-            if saving or step % (args.sample_every or last_step) == 0 or (epoch == 0 and step.bit_count() == 1):
-                imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed)))
+            if saving or step % (args.sample_every or math.inf) == 0 or (epoch == 0 and step.bit_count() == 1):
+                save_png(out / f"samples/{step:06d}.png", grid(sample(G_ema, z_fixed)))  # update_bn: no better here
             state = {"args": vars(args), "step": step, "epoch": epoch + epoch_ends}
             if keeping:  # before the checkpoint: a run that is killed between the two makes it again
                 save_atomically(out / f"generators/epoch_{epoch + 1:03d}.pt", state | {"G": G_ema.module.state_dict()})
@@ -393,12 +392,12 @@ def train(args, run):
                 rest = {name: part.state_dict() for name, part in parts.items()} | {"rng": torch.get_rng_state()}
                 save_atomically(out / "checkpoint.pt", state | rest | {"z_fixed": z_fixed, "cluster_error": error})
                 if step % 100 < steps_per_epoch:  # at most once in 100 steps: drawing takes as long as many steps
-                    save_plots(out)
+                    save_plots(out, log)
             if stopping:
                 break
     finally:  # at the end, after Ctrl-C, and after a fault
         signal.signal(signal.SIGINT, old_handler)
-        save_plots(out)
+        save_plots(out, log)
         save_history(out, step)
     save_traversals(G_ema, args, device)
     measure(D_ema, data, training, held_out, args, device)

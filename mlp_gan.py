@@ -9,7 +9,7 @@ The theory uses minimax. But while D sees through G, the slope of log(1 - D) in 
 little. That of -log D is near -1. At equilibrium D(x) = 1/2, right half the time, and loss_d = 2 ln 2 = 1.386.
     python mlp_gan.py                           # the built-in digits, no download
     python mlp_gan.py --dataset mnist --epochs 20
-Batch norm in place of dropout breaks it: after epoch 3 D(G(z)) is 0.005, not 0.5, gradients (.png) 4e-4, not 0.05:
+Batch norm in place of dropout breaks it: after epoch 3 D(G(z)) is 0.005, not 0.5; in gradients.png 4e-4, not 0.05:
     python mlp_gan.py --dataset mnist --img-size 64 --hidden 512 512 512 --norm batch --dropout 0 --out runs/bn
     python mlp_gan.py --dataset mnist --img-size 64 --hidden 512 512 512 --norm dropout --out runs/dropout
 Where this differs from the paper: LeakyReLU, not ReLU in G and maxout in D; Adam, not momentum; z is normal, and the
@@ -23,7 +23,6 @@ import time
 from pathlib import Path
 from zipfile import ZipFile
 
-import imageio.v2 as imageio
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -31,7 +30,7 @@ from torch import nn
 from torch.nn.functional import softplus
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from common import DATASETS, Fault, Misuse, epoch_order, fixed_noise, grid, load_data, sample, save_atomically
-from common import save_history, save_pictures, to_batch
+from common import save_history, save_pictures, save_png, to_batch
 
 class Generator(nn.Sequential):
     """z (B, latent_dim) -> image (B, img_channels, img_size, img_size) in [-1, 1]."""
@@ -72,12 +71,12 @@ def parse_args(argv=None, known=None):
     count, share, amount = number(int, 1), number(float, 0, 1), number(float, 0, 1e9)
     groups = [parser.add_argument_group(name) for name in ("run", "data", "model", "optimiser", "tricks")]
     run, data, model, adam, trick = (group.add_argument for group in groups)
-    run("--epochs", type=count, help="passes over the data, in all (10, or enough for 9,000 steps)")
+    run("--epochs", type=count, help="passes over the data, in all (10; more if under 9,000 steps)")
     run("--max-steps", type=count, help="stop after so many steps, if that comes first (never)")
     run("--batch-size", type=number(int, 2), default=64, help="pictures in a batch (%(default)s)")
     run("--seed", type=number(int, 0, 2**31), default=0, help="of the weights, the noise and the order (%(default)s)")
     run("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
-    run("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="bf16 where the hardware has it (auto)")
+    run("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 if CPU or CUDA has it (auto)")
     run("--compile", action="store_true", help="torch.compile both networks: slow to start, for GPUs only")
     run("--out", help="the folder of the run (runs/SCRIPT-DATASET)")
     run("--overwrite", action="store_true", help="replace the run that is in the folder")
@@ -138,7 +137,7 @@ def open_run(args, argv):
     free = {"epochs", "max_steps", "device", "data_dir", "out", "overwrite", "resume", "sample"}
     for name, value in flags.items():
         if getattr(args, name) != value and name not in free and not (args.sample and name == "seed"):
-            raise Misuse(f"{path} has --{name.replace('_', '-')} {value}: omit it, or change --out.")
+            raise Misuse(f"{path} has {name.replace('_', '-')} {value}: keep to it, or change --out.")
     return args, run
 
 def build(args):
@@ -146,9 +145,9 @@ def build(args):
     shape, dropout = (args.img_size, args.img_channels, args.hidden, args.norm), args.dropout
     return Generator(args.latent_dim, *shape, dropout if args.norm == "dropout" else 0), Discriminator(*shape, dropout)
 
-def save_plots(out, gradients):
-    """losses.png: the curves of log.csv; gradients.png: the gradients of D's last layer, (epochs, weights), by size."""
-    log = np.atleast_1d(np.genfromtxt(out / "log.csv", delimiter=",", names=True))
+def save_plots(out, log, gradients):
+    """losses.png: the curves of log, lines of CSV; gradients.png: how large those of D's last layer are (epochs, n)."""
+    log = np.atleast_1d(np.genfromtxt(log, delimiter=",", names=True))
     figure, n = Figure(figsize=(13, 3.8), layout="constrained"), len(log) // 40 + 1  # rows in the running mean
     panels = [("loss_d loss_g", "Loss", "loss", {})]
     panels += [("d_real d_fake", "What D thinks: 0.5 is a draw", "probability of being real", {"ylim": (0, 1)})]
@@ -205,9 +204,8 @@ def train(args, run):
     elif (out / "args.json").exists():  # --overwrite: what would be left of the run that is replaced
         for name in ("checkpoint.pt", "generated.png", "samples/[0-9]*.png", "generat*/*[0-9].p*"):
             list(map(Path.unlink, sorted(out.glob(name))))
-    (out / "samples").mkdir(parents=True, exist_ok=True)
-    imageio.imwrite(out / "real.png", grid(images[:: max(1, len(images) // 64)][:64].cpu()))
-    imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed[:64])))
+    save_png(out / "real.png", grid(images[:: max(1, len(images) // 64)][:64].cpu()))
+    save_png(out / f"samples/{step:06d}.png", grid(sample(G_ema, z_fixed[:64])))
     save_atomically(out / "log.csv", ("\n".join(log) + "\n").encode())  # no rows later than the checkpoint
     save_atomically(out / "args.json", json.dumps(vars(args) | facts, indent=2).encode())
     print(f"{len(images):,} pictures {tuple(images.shape[1:])}, parameters {counts}, {facts['on']}, {out}", flush=True)
@@ -252,23 +250,24 @@ def train(args, run):
                 speed = (step - first) / (time.perf_counter() - started)  # steps a second
                 row = [loss_d, loss_g, logits_real.sigmoid().mean(), logits_fake.sigmoid().mean(), norm_d, norm_g]
                 row = torch.stack([*row, (logits_real > 0).float().mean(), (logits_fake < 0).float().mean()]).tolist()
-                row.insert(6, speed * batch_size * args.d_steps)
+                row.insert(6, speed * batch_size * args.d_steps)  # images_per_second
                 for name, value in zip(log[0].split(",")[2:], row, strict=True):
                     if not math.isfinite(value):
                         raise Fault(f"{name} is {value} at step {step}, which is not saved. Try a lower rate.")
                 gradients = torch.cat([gradients, D[-2].weight.grad.cpu()]) if epoch_ends else gradients
                 if epoch_ends or step % args.log_every == 0:  # not where Ctrl-C fell: a resumed run has the same rows
+                    log.append(",".join([str(epoch + 1), str(step), *(f"{value:.6g}" for value in row)]))
                     with open(out / "log.csv", "a") as file:
-                        print(epoch + 1, step, *(f"{value:.6g}" for value in row), sep=",", file=file)
+                        print(log[-1], file=file)
                 line = f"epoch {epoch + 1}/{args.epochs} [{'#' * (10 * step // last_step):10}] loss_d {row[0]:.3f} "
                 line += f"loss_g {row[1]:.3f} {row[6]:.0f} img/s {(last_step - step) / speed / 60:.1f} min left "
                 if sys.stdout.isatty() or epoch_ends:
                     print(line, end="\r" if sys.stdout.isatty() and not stopping else "\n", flush=True)
             keeping = epoch_ends and bool(args.snapshot_every) and (epoch + 1) % args.snapshot_every == 0
             saving = keeping or stopping or (epoch_ends and (epoch < 100 or step % 100 < steps_per_epoch))
-            if saving or step % (args.sample_every or last_step) == 0 or (epoch == 0 and step.bit_count() == 1):
+            if saving or step % (args.sample_every or math.inf) == 0 or (epoch == 0 and step.bit_count() == 1):
                 update_bn(z_fixed.split(128), G_ema)  # the copied statistics of batch norm do not fit averaged weights
-                imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed[:64])))
+                save_png(out / f"samples/{step:06d}.png", grid(sample(G_ema, z_fixed[:64])))
             state = {"args": vars(args), "step": step, "epoch": epoch + epoch_ends}
             if keeping:  # before the checkpoint: a run that is killed between the two makes it again
                 save_atomically(out / f"generators/epoch_{epoch + 1:03d}.pt", state | {"G": G_ema.module.state_dict()})
@@ -276,12 +275,12 @@ def train(args, run):
                 rest = {name: part.state_dict() for name, part in parts.items()} | {"rng": torch.get_rng_state()}
                 save_atomically(out / "checkpoint.pt", state | rest | {"z_fixed": z_fixed, "gradients": gradients})
                 if step % 100 < steps_per_epoch:  # at most once in 100 steps: drawing takes as long as many steps
-                    save_plots(out, gradients)
+                    save_plots(out, log, gradients)
             if stopping:
                 break
     finally:  # at the end, after Ctrl-C, and after a fault
         signal.signal(signal.SIGINT, old_handler)
-        save_plots(out, gradients)
+        save_plots(out, log, gradients)
         save_history(out, step)
     print(f"Step {step} of {max(step, last_step)}. Look at {out}/samples.gif, losses.png and gradients.png.")
 

@@ -1,8 +1,8 @@
 r"""WGAN and WGAN-GP: Arjovsky et al. 2017, arXiv 1701.07875, and Gulrajani et al. 2017, arXiv 1704.00028.
 
 How far is it from G's pictures to the data, if all probability has to be carried there, at a cost of mass x distance?
-This Wasserstein distance W shrinks as G improves, also where a discriminator tells both apart with certainty, so that
-its gradient vanishes. By the dual of Kantorovich and Rubinstein
+This Wasserstein distance W shrinks as G improves, even where a discriminator tells both apart with certainty and its
+gradient vanishes. By the dual of Kantorovich and Rubinstein
     W = max over D with |D(x) - D(y)| <= |x - y| for all x, y   of   E D(x) - E D(G(z))
 so that a critic D, which returns a score and no probability, is trained to measure it, and G to make it small:
     D maximises  E D(x) - E D(G(z))   loss_d = mean D(G(z)) - mean D(x) + 10 mean (|grad D(x_mix)| - 1)^2
@@ -15,7 +15,7 @@ times as fast; convolutions may still be steeper than 1. With both W has an unkn
     python wgan_gp.py                           # the built-in digits, no download
     python wgan_gp.py --dataset mnist --epochs 20
     python wgan_gp.py --dataset mnist --epochs 20 --lr-g 1e-4 --lr-d 1e-4 --batch-size 64  # their Adam: FD 51, not 3
-What changes from dcgan.py: no probabilities, no batch norm in D, five D steps for each G step, residual networks, W in
+What changes from dcgan.py: no probabilities, tricks or batch norm in D, five D steps a G step, residual networks, W in
 the log, also on pictures kept from training: a W much lower on them shows that D knows the others by heart.
 Where this differs from the papers (theirs in brackets): rates 1e-3, of D without gp 2e-4 (Adam 1e-4, RMSprop 5e-5);
 clip within 0.05 (0.01), with layer norm (batch norm) in D; betas as in Algorithm 1 (their MNIST code: (0.5, 0.9)); z of
@@ -31,7 +31,6 @@ from functools import partial
 from pathlib import Path
 from zipfile import ZipFile
 
-import imageio.v2 as imageio
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -40,7 +39,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torchvision.ops import Permute
 from common import DATASETS, Fault, Misuse, epoch_order, fixed_noise, grid, load_data, sample, save_atomically
-from common import save_history, save_pictures, to_batch
+from common import save_history, save_pictures, save_png, to_batch
 
 class LeakyReLU(nn.LeakyReLU):
     """As torch's, but x times a constant to autograd: in the penalty torch's takes zeros back through all layers."""
@@ -83,7 +82,7 @@ class Generator(nn.Sequential):
         super().__init__(*layers, nn.Tanh())
 
 class Critic(nn.Module):
-    """image (B, img_channels, img_size, img_size) -> score (B,). Batch norm would mix the slopes of the pictures."""
+    """image (B, img_channels, img_size, img_size) -> score (B,); no batch norm: it would mix the pictures' slopes."""
     def __init__(self, img_size, img_channels, hidden_channels, depth=1, arch="conv", norm="none", spectral=False):
         super().__init__()
         norm = partial(nn.GroupNorm, 1) if norm == "layer" else lambda channels: nn.Identity()  # 1 group
@@ -139,12 +138,12 @@ def parse_args(argv=None, known=None):
     count, share, amount = number(int, 1), number(float, 0, 1), number(float, 0, 1e9)
     groups = [parser.add_argument_group(name) for name in ("run", "data", "model", "optimiser", "Lipschitz constraint")]
     run, data, model, adam, lipschitz = (group.add_argument for group in groups)
-    run("--epochs", type=count, help="passes over the data, in all (10, or enough for 4,000 steps)")
+    run("--epochs", type=count, help="passes over the data, in all (10; more if under 4,000 steps)")
     run("--max-steps", type=count, help="stop after so many steps, if that comes first (never)")
     run("--batch-size", type=number(int, 2), default=32, help="pictures in a batch (%(default)s)")
     run("--seed", type=number(int, 0, 2**31), default=0, help="of the weights, the noise and the order (%(default)s)")
     run("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
-    run("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="bf16 where the hardware has it (auto)")
+    run("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 if CPU or CUDA has it (auto)")
     run("--compile", action="store_true", help="torch.compile G, and D without gp: slow to start, for GPUs only")
     run("--out", help="the folder of the run (runs/SCRIPT-DATASET)")
     run("--overwrite", action="store_true", help="replace the run that is in the folder")
@@ -166,7 +165,7 @@ def parse_args(argv=None, known=None):
     adam("--lr-g", type=share, default=1e-3, help="rate for G (%(default)s)")
     adam("--lr-d", type=share, help="rate for D (0.001 with gp, else 0.0002)")
     adam("--betas", type=number(float, 0, 0.9999), nargs=2, default=[0.0, 0.9], help="Adam's decay rates (0 0.9)")
-    adam("--adam-eps", type=number(float, 1e-20, 1), default=1e-8, help="Adam's epsilon (%(default)s)")
+    adam("--adam-eps", type=number(float, 1e-20, 1), default=1e-8, help="epsilon of Adam or RMSprop (%(default)s)")
     adam("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: down to 0 (%(default)s)")
     adam("--clip-grad-norm", type=amount, help="scale gradients down to this L2 norm, against jumps (off)")
     adam("--ema", type=share, default=0.999, help="decay of the average of G that samples come from; 0: none (0.999)")
@@ -208,7 +207,7 @@ def open_run(args, argv):
     free = {"epochs", "max_steps", "device", "data_dir", "out", "overwrite", "resume", "sample"}
     for name, value in flags.items():
         if getattr(args, name) != value and name not in free and not (args.sample and name == "seed"):
-            raise Misuse(f"{path} has --{name.replace('_', '-')} {value}: omit it, or change --out.")
+            raise Misuse(f"{path} has {name.replace('_', '-')} {value}: keep to it, or change --out.")
     return args, run
 
 def build(args):
@@ -216,9 +215,9 @@ def build(args):
     shape = args.img_size, args.img_channels, args.hidden_channels, args.depth, args.arch
     return Generator(args.latent_dim, *shape), Critic(*shape, args.critic_norm, args.lipschitz == "spectral")
 
-def save_plots(out):
-    """losses.png: the curves of log.csv, each with its running mean."""
-    log = np.atleast_1d(np.genfromtxt(out / "log.csv", delimiter=",", names=True))
+def save_plots(out, log):
+    """losses.png: the curves of log, the lines of log.csv, each with its running mean."""
+    log = np.atleast_1d(np.genfromtxt(log, delimiter=",", names=True))
     figure, n = Figure(figsize=(16, 3.8), layout="constrained"), len(log) // 40 + 1  # rows in the running mean
     panels = [("wasserstein wasserstein_heldout", "Wasserstein distance, estimated", "E D(x) - E D(G(z))", {})]
     panels += [("loss_d loss_g", "Loss: the zero of loss_g drifts", "loss", {})]
@@ -252,8 +251,8 @@ def train(args, run):
     torch.manual_seed(args.seed + (run["step"] if run else 0))  # on a GPU a resumed run draws new noise
     G, D = (network.to(device, memory_format=torch.channels_last) for network in build(args))
     G_ema = AveragedModel(G)
-    adam = partial(torch.optim.Adam, betas=args.betas, fused=True) if args.lipschitz != "clip" else torch.optim.RMSprop
-    opt_g, opt_d = (adam(net.parameters(), lr, eps=args.adam_eps) for net, lr in ((G, args.lr_g), (D, args.lr_d)))
+    opt = partial(torch.optim.Adam, betas=args.betas, fused=True) if args.lipschitz != "clip" else torch.optim.RMSprop
+    opt_g, opt_d = opt(G.parameters(), args.lr_g, eps=args.adam_eps), opt(D.parameters(), args.lr_d, eps=args.adam_eps)
     parts = {"G": G, "D": D, "G_ema": G_ema, "opt_g": opt_g, "opt_d": opt_d}
     if args.compile:
         G.compile(), args.lipschitz == "gp" or D.compile()  # gp differentiates D twice, and compiled code cannot be
@@ -278,9 +277,8 @@ def train(args, run):
     elif (out / "args.json").exists():  # --overwrite: what would be left of the run that is replaced
         for name in ("checkpoint.pt", "generated.png", "samples/[0-9]*.png", "generat*/*[0-9].p*"):
             list(map(Path.unlink, sorted(out.glob(name))))
-    (out / "samples").mkdir(parents=True, exist_ok=True)
-    imageio.imwrite(out / "real.png", grid(images[:: max(1, len(images) // 64)][:64].cpu()))
-    imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed[:64])))
+    save_png(out / "real.png", grid(images[:: max(1, len(images) // 64)][:64].cpu()))
+    save_png(out / f"samples/{step:06d}.png", grid(sample(G_ema, z_fixed[:64])))
     save_atomically(out / "log.csv", ("\n".join(log) + "\n").encode())  # no rows later than the checkpoint
     save_atomically(out / "args.json", json.dumps(vars(args) | facts, indent=2).encode())
     print(f"{len(images):,} pictures {tuple(images.shape[1:])}, parameters {counts}, {facts['on']}, {out}", flush=True)
@@ -329,26 +327,28 @@ def train(args, run):
                 # fork_rng: the random numbers of training stay what they are without a log (on a CPU)
                 with torch.random.fork_rng([]), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     slope = slopes(D.forward, x_real, x_fake).detach()  # (B,); .forward is not compiled
-                    real, fake, *held = (D(x) for x in (x_real, x_fake, *to_batch(images, held_out, device).split(256)))
+                    real, fake = D(x_real).mean(), D(x_fake).mean()
+                    held = torch.cat([D(to_batch(images, index, device)) for index in held_out.split(256)]).mean()
                 D.train()
-                row = [loss_d, loss_g, norm_d, norm_g, real.mean() - fake.mean(), torch.cat(held).mean() - fake.mean()]
+                row = [loss_d, loss_g, norm_d, norm_g, real - fake, held - fake]
                 row = torch.stack([*row, (slope - 1).square().mean(), slope.mean()]).tolist()
-                row.insert(4, speed * batch_size * args.critic_steps)
+                row.insert(4, speed * batch_size * args.critic_steps)  # images_per_second
                 for name, value in zip(log[0].split(",")[2:], row, strict=True):
                     if not math.isfinite(value):
                         raise Fault(f"{name} is {value} at step {step}, which is not saved. Try a lower rate.")
                 if epoch_ends or step % args.log_every == 0:  # not where Ctrl-C fell: a resumed run has the same rows
+                    log.append(",".join([str(epoch + 1), str(step), *(f"{value:.6g}" for value in row)]))
                     with open(out / "log.csv", "a") as file:
-                        print(epoch + 1, step, *(f"{value:.6g}" for value in row), sep=",", file=file)
+                        print(log[-1], file=file)
                 line = f"epoch {epoch + 1}/{args.epochs} [{'#' * (10 * step // last_step):10}] G step {step} W "
                 line += f"{row[5]:.3f} {row[4]:.0f} img/s {(last_step - step) / speed / 60:.1f} min left "
                 if sys.stdout.isatty() or epoch_ends:
                     print(line, end="\r" if sys.stdout.isatty() and not stopping else "\n", flush=True)
             keeping = epoch_ends and bool(args.snapshot_every) and (epoch + 1) % args.snapshot_every == 0
             saving = keeping or stopping or (epoch_ends and (epoch < 100 or step % 100 < steps_per_epoch))
-            if saving or step % (args.sample_every or last_step) == 0 or (epoch == 0 and step.bit_count() == 1):
+            if saving or step % (args.sample_every or math.inf) == 0 or (epoch == 0 and step.bit_count() == 1):
                 update_bn(z_fixed.split(128), G_ema)  # the copied statistics of batch norm do not fit averaged weights
-                imageio.imwrite(out / "samples" / f"{step:06d}.png", grid(sample(G_ema, z_fixed[:64])))
+                save_png(out / f"samples/{step:06d}.png", grid(sample(G_ema, z_fixed[:64])))
             state = {"args": vars(args), "step": step, "epoch": epoch + epoch_ends}
             if keeping:  # before the checkpoint: a run that is killed between the two makes it again
                 save_atomically(out / f"generators/epoch_{epoch + 1:03d}.pt", state | {"G": G_ema.module.state_dict()})
@@ -356,12 +356,12 @@ def train(args, run):
                 rest = {name: part.state_dict() for name, part in parts.items()} | {"rng": torch.get_rng_state()}
                 save_atomically(out / "checkpoint.pt", state | rest | {"z_fixed": z_fixed})
                 if step % 100 < steps_per_epoch:  # at most once in 100 steps: drawing takes as long as many steps
-                    save_plots(out)
+                    save_plots(out, log)
             if stopping:
                 break
     finally:  # at the end, after Ctrl-C, and after a fault
         signal.signal(signal.SIGINT, old_handler)
-        save_plots(out)
+        save_plots(out, log)
         save_history(out, step)
     print(f"Step {step} of {max(step, last_step)}. Look at {out}/samples.gif and losses.png.")
 

@@ -6,7 +6,8 @@
     python bench/score.py runs/dcgan-mnist --watch             # the snapshots, beside a training, to Ctrl-C
     python bench/score.py some/folder/of/pngs --dataset mnist  # pictures from anywhere
     python bench/score.py --sanity --dataset mnist             # real images, blurred ones and noise
-Writes score.csv, nearest.png (16 samples, each before the three nearest training images) and, of a run, score.png.
+Writes score.csv, of a run score.png, and nearest.png (16 samples, each before the three training images with the
+nearest features; beside a folder of pictures: FOLDER-nearest.png).
 Features are the last hidden layer of a small classifier of the data set, trained once on its labels, seeded, kept in
 --data-dir: fd is no FID. All is measured against test images, which neither G nor the classifier has seen; without
 labels, by --features inception, against half of the images that G has seen.
@@ -27,7 +28,6 @@ import time
 from functools import lru_cache
 from pathlib import Path
 
-import imageio.v2 as imageio
 import torch
 from matplotlib.figure import Figure
 from torch import nn
@@ -35,7 +35,7 @@ from torchvision.models import inception_v3
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import DATASETS, Data, Fault, Misuse, epoch_order, fixed_noise, grid, load_data  # noqa: E402
-from common import load_folder, render_digits, sample, save_atomically, to_batch  # noqa: E402
+from common import load_folder, render_digits, sample, save_atomically, save_png, to_batch  # noqa: E402
 
 COLUMNS = ["epoch", "fd", "fd_floor", "kid", "kid_se", "precision", "recall", "kl", "classes"]
 
@@ -62,7 +62,7 @@ def load_inception():
     """torchvision's Inception v3 for ImageNet. Raises Fault without weights."""
     try:
         net = inception_v3(weights="IMAGENET1K_V1")
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # no network; broken off
         raise Fault(f"the weights of Inception cannot be downloaded ({error}): omit --features.") from error
     classify, net.fc, net.transform_input = net.fc, nn.Identity(), False  # x is in [-1, 1], as the weights want it
     return nn.Sequential(nn.Sequential(nn.Upsample(299, mode="bilinear"), net), classify).eval().requires_grad_(False)
@@ -131,11 +131,9 @@ def draw(path, n):
         G.load_state_dict({k.removeprefix("module."): weights[k] for k in weights if k != "n_averaged"})
     except Exception as error:  # torch.load raises many kinds for a file that is not a checkpoint
         raise Fault(f"{path} is missing, damaged or of another version ({type(error).__name__}).") from error
-    z = fixed_noise(n, args.latent_dim, 12345)  # not the seed of any grid
-    if hasattr(script, "draw_codes"):
-        rng = torch.Generator().manual_seed(54321)
-        z = torch.cat([z, script.draw_codes(n, args.categorical, args.continuous, rng=rng)], 1)
-    return sample(G, z), run["epoch"]
+    z, rng = fixed_noise(n, args.latent_dim, 12345), torch.Generator().manual_seed(54321)  # no grid's, as a rule
+    codes = [script.draw_codes(n, args.categorical, args.continuous, rng=rng)] if hasattr(script, "draw_codes") else []
+    return sample(G, torch.cat([z, *codes], 1)), run["epoch"]
 
 @lru_cache(1)  # for several runs on the same data
 def reference(dataset, data_dir, img_size, classes, background, inception):
@@ -177,9 +175,9 @@ def score(images, epoch, real, rows, folder):
     for panel, title, columns, low in zip(panels, titles, ([1, 2], [3], [5, 6]), lows, strict=True):
         panel.legend(panel.plot(curves[0], curves[columns].T, "o-"), [COLUMNS[column] for column in columns])
         panel.set(title=title, xlabel="epoch", ylabel="share" if 5 in columns else "lower is better", ylim=(low, None))
-    for i, found in enumerate((labels, real.labels)):
+    for label, shift, found in ("samples", 0, labels), ("expected", 0.4, real.labels):
         shares = (torch.bincount(found, minlength=real.classes) / len(found)).numpy()
-        histogram.bar(torch.arange(real.classes).numpy() + 0.4 * i, shares, 0.4, label=("samples", "expected")[i])
+        histogram.bar(torch.arange(real.classes).numpy() + shift, shares, 0.4, label=label)
     histogram.set(title=f"Classes, epoch {epoch}", xlabel="class", ylabel="share"), histogram.legend(loc="lower left")
     if not isinstance(epoch, str):  # of a run
         histogram.figure.savefig(folder / "score.png", dpi=100)
@@ -187,13 +185,15 @@ def score(images, epoch, real, rows, folder):
 
 def score_folder(folder, args):
     """Score what the flags name, in this folder. Yields the row of the run or of the pictures. Raises Fault."""
-    flags = json.loads((folder / "args.json").read_text()) if (folder / "args.json").exists() else {}
-    rows, done, dataset = [], set(), args.dataset or flags.get("dataset")
+    rows, done, flags = [], set(), {}
+    with contextlib.suppress(OSError, ValueError):  # no run, or damaged
+        flags = json.loads((folder / "args.json").read_text())
+    dataset = args.dataset or flags.get("dataset")
     if not dataset:
         raise Misuse(f"{folder} holds no run: name another, or say with --dataset what to compare with.")
-    if args.watch and not flags.get("snapshot_every"):
-        raise Misuse(f"{folder} is not trained with --snapshot-every: there is nothing to watch.")
-    n = max(1, (26_000 if dataset == "stacked-mnist" else 10_000) if args.samples is None else args.samples)
+    if (args.watch or args.snapshots) and not flags.get("snapshot_every"):
+        raise Misuse(f"{folder} was not trained with --snapshot-every: it has no snapshots.")
+    n = args.samples or (26_000 if dataset == "stacked-mnist" else 10_000)
     data = flags if dataset == flags.get("dataset") else {}  # of another data set only the size of the pictures counts
     real = reference(dataset, args.data_dir or data.get("data_dir", "data"), flags.get("img_size"),
                      tuple(data.get("classes") or ()), data.get("background", "white"), args.features == "inception")
@@ -205,12 +205,12 @@ def score_folder(folder, args):
             break
         time.sleep(5)
     if args.folders:
-        (folder / "nearest.png").unlink(missing_ok=True)  # of the last time: it would be read as a sample
         pictures = None if flags else load_folder("folder", folder, real.train.shape[-1], (255, 255, 255)).images
         images = draw(folder / "checkpoint.pt", n) if flags else (pictures, "pictures")
         images, fake = score(*images, real, rows, folder)
         nearest = real.train[torch.cdist(fake[:16], real.seen).topk(3, largest=False).indices]
-        imageio.imwrite(folder / "nearest.png", grid(torch.cat([images[:16, None], nearest], 1).flatten(0, 1)))
+        path = folder / "nearest.png" if flags else Path(f"{folder.absolute()}-nearest.png")  # no sample the next time
+        save_png(path, grid(torch.cat([images[:16, None], nearest], 1).flatten(0, 1)))
         if args.snapshots:
             print(f"best: epoch {min(rows, key=lambda row: row[1])[0]}")
         yield rows[-1]
@@ -227,15 +227,15 @@ def main(argv=None):
     add("folders", nargs="*", type=Path, help="runs, or folders of pictures to compare with --dataset")
     add("--dataset", choices=list(DATASETS), help="of the real images (that of the run)")
     add("--data-dir", help="where these are (where the run had it; else data)")
-    add("--samples", type=int, help="of a run, 4 or more (10,000; of stacked-mnist 26,000)")
+    add("--samples", type=int, help="of a run, or of --sanity, 4 or more (10,000; of stacked-mnist 26,000)")
     add("--features", choices=["classifier", "inception"], default="classifier", help="inception: of ImageNet")
     add("--snapshots", action="store_true", help="score each of generators/*.pt too, and name the best")
     add("--watch", action="store_true", help="score each of generators/*.pt as it comes, to Ctrl-C")
     add("--sanity", action="store_true", help="score real images, the same blurred by a 3x3 mean, and noise")
     args = parser.parse_args(argv)
     try:
-        if not (args.folders or args.sanity):
-            raise Misuse("name a run or a folder of pictures, or add --sanity.")
+        if not (args.folders or args.sanity) or (args.watch and len(args.folders) != 1) or (args.samples or 4) < 4:
+            raise Misuse("name runs or folders of pictures, or --sanity; one run with --watch; --samples 4 or more.")
         ends = [row for folder in args.folders or [Path()] for row in score_folder(folder, args)]
         for name, *values in zip(COLUMNS[1:], *(row[1:] for row in ends), strict=True) if len(ends) > 1 else ():
             print(f"{name}: mean {sum(values) / len(values):.4g}, from {min(values):.4g} to {max(values):.4g}")

@@ -1,7 +1,7 @@
 """How fast is a step of each script? Beside a plain loop, beside its own bound, and for more and more data.
 
     python bench/speed.py            # both tables, in Markdown
-    python bench/speed.py --quick    # a step or two of each: that it works, not how fast it is
+    python bench/speed.py --quick    # a few steps of each: that it works, not how fast it is
     python bench/speed.py --scripts  # the first table alone
     python bench/speed.py --data     # the second alone
 
@@ -26,7 +26,7 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import numpy as np
 import torch
@@ -50,26 +50,23 @@ ROWS = {  # the script, its flags, steps a round
     "wgan_gp, one convolution, 64 128, batch 64": ("wgan_gp", "--depth 1 --hidden-channels 64 128 --batch-size 64", 8),
     "infogan": ("infogan", "", 30),
 }
-QUIET = ["save_plots", "save_history", "save_gif", "save_atomically", "save_traversals", "sample", "update_bn", "print"]
+QUIET = ["save_plots", "save_history", "save_gif", "save_png", "save_atomically", "save_traversals", "sample", "grid"]
+QUIET += ["update_bn", "print"]
 WARM = 3  # steps that are not timed; fewer if there are not as many that are
 
 def run_script(script, flags, data, steps):
     """Seconds of a step of script.main() on data, a Data; and the flags that it ran with."""
-    times, given, loss, warm = [], [], script.generator_loss, min(WARM, steps)
+    times, loss, build, warm = [], script.generator_loss, Mock(wraps=script.build), min(WARM, steps)
     def timed_loss(*args):
         times.append(time.perf_counter())
         return loss(*args)
-    def build(args):
-        given.append(args)
-        return original(args)
-    original = script.build
     torch.empty(31 * 2**20, dtype=torch.uint8)  # as load_data() does, which is not called here
-    fakes = dict.fromkeys(QUIET, lambda *_, **__: None) | {"generator_loss": timed_loss, "build": build}
-    fakes |= {"load_data": lambda *_: data, "grid": lambda *_: np.zeros((8, 8, 3), np.uint8)}
-    with tempfile.TemporaryDirectory() as out, patch.multiple(script, create=True, **fakes):
-        if script.main([*flags, "--device", "cpu", "--max-steps", str(steps + warm), "--out", f"{out}/run"]):
+    fakes = {"generator_loss": timed_loss, "build": build, "load_data": lambda *_: data}
+    quiet = dict.fromkeys(QUIET, lambda *_, **__: None)
+    with tempfile.TemporaryDirectory() as out, patch.multiple(script, create=True, **fakes, **quiet):
+        if script.main([*flags, "--device", "cpu", "--max-steps", str(steps + warm), "--out", out]):
             raise RuntimeError(f"{script.__name__} {flags} did not run")
-    return (times[-1] - times[warm - 1]) / steps, given[0]
+    return (times[-1] - times[warm - 1]) / steps, build.call_args.args[0]
 
 def losses(script, args):
     """The losses of a script as functions of D and pictures: of D, a list to be summed; of G."""
@@ -123,9 +120,9 @@ def plain_step(G, D, opt_g, opt_d, new_x, new_z, loss_d, loss_g, critic_steps):
 
 def bound_step(G, D, x, z, loss_d, loss_g, critic_steps, cast, update):
     """The forward and backward passes of a step of the script; and nothing else, but for what update(net) does."""
-    G.zero_grad(), D.zero_grad()
-    D.requires_grad_(True)
+    G.zero_grad(), D.requires_grad_(True)
     for _ in range(critic_steps):
+        D.zero_grad()
         with cast(), torch.no_grad() if critic_steps > 1 else nullcontext():
             fake = G(z)
         with cast():
@@ -148,18 +145,17 @@ def seconds(step, steps):
     return (time.perf_counter() - started) / steps
 
 def measure(name, flags, data, steps, rounds):
-    """For each precision, lists over the rounds: plain / script, plain with a ready batch / script, the rest / bound,
+    """For each precision, tuples over the rounds: plain / script, plain with a ready batch / script, the rest / bound,
     Adam / bound, images a second."""
     script, found = importlib.import_module(name), {}
     for _ in range(rounds):
         for precision in ("bf16", "fp32"):
             took, args = run_script(script, [*flags.split(), "--precision", precision], data, steps)
-            batch, rest = args.batch_size, getattr(args, "critic_steps", 1)
-            x, inputs = torch.rand(batch, *data.images.shape[1:]) * 2 - 1, args.latent_dim
-            args.c = script.draw_codes(batch, args.categorical, args.continuous) if name == "infogan" else None
-            def new_z(args=args, batch=batch, inputs=inputs):
-                z = torch.randn(batch, inputs)
-                return z if args.c is None else torch.cat([z, args.c], 1)
+            batch, critic_steps = args.batch_size, getattr(args, "critic_steps", 1)
+            x, c = torch.rand(batch, *data.images.shape[1:]) * 2 - 1, torch.empty(batch, 0)
+            args.c = script.draw_codes(batch, args.categorical, args.continuous) if name == "infogan" else c
+            def new_z(args=args):
+                return torch.cat([torch.randn(args.batch_size, args.latent_dim), args.c], 1)
             loss_d, loss_g = losses(script, args)
             if precision == "bf16":
                 G, D = script.build(args)
@@ -169,20 +165,19 @@ def measure(name, flags, data, steps, rounds):
                     if isinstance(layer, nn.LeakyReLU):  # wgan_gp.py has its own
                         layer.__class__ = nn.LeakyReLU
                 adam = [torch.optim.Adam(net.parameters(), 1e-4, (0.5, 0.9)) for net in (G, D)]
-                loader, parts = batches(data.images, batch), (new_z, loss_d, loss_g, rest)
+                loader, parts = batches(data.images, batch), (new_z, loss_d, loss_g, critic_steps)
                 plain = seconds(lambda: plain_step(G, D, *adam, lambda: next(loader), *parts), steps)  # noqa: B023
                 ready = seconds(lambda: plain_step(G, D, *adam, lambda: x, *parts), steps)  # noqa: B023
             G, D = (net.to(memory_format=torch.channels_last) for net in script.build(args))
             z, bf16 = new_z(), precision == "bf16"
             cast = lambda: torch.autocast("cpu", torch.bfloat16, enabled=bf16)  # noqa: B023, E731
             adam = {net: torch.optim.Adam(net.parameters(), 1e-4, fused=True) for net in (G, D)}
-            parts = (G, D, x, z, loss_d, loss_g, rest, cast)
+            parts = (G, D, x, z, loss_d, loss_g, critic_steps, cast)
             bound = seconds(lambda: bound_step(*parts, lambda net: None), steps)  # noqa: B023
             updated = seconds(lambda: bound_step(*parts, lambda net: adam[net].step()), steps)  # noqa: B023
-            row = plain / took, ready / took, (took - updated) / bound, (updated - bound) / bound, batch * rest / took
-            for column, value in zip(found.setdefault(precision, [[], [], [], [], []]), row, strict=True):
-                column.append(value)
-    return found
+            row = plain / took, ready / took, (took - updated) / bound, (updated - bound) / bound
+            found.setdefault(precision, []).append((*row, batch * critic_steps / took))
+    return {precision: list(zip(*rows, strict=True)) for precision, rows in found.items()}
 
 def table_of_scripts(rounds, shorter):
     """One row a script and precision."""
@@ -232,12 +227,16 @@ def table_of_sizes(rounds, shorter):
 def main(argv=None):
     """Print the tables."""
     parser = argparse.ArgumentParser(description="How fast is a step of each script?")
-    parser.add_argument("--quick", action="store_true", help="a step or two of each: that it works, in half a minute")
+    parser.add_argument("--quick", action="store_true", help="a few steps of each: that it works, in half a minute")
     parser.add_argument("--scripts", action="store_true", help="the table of the scripts alone")
     parser.add_argument("--data", action="store_true", help="the table of the data set sizes alone")
     parser.add_argument("--rounds", type=int, default=5, help="of which medians are taken (%(default)s)")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)  # a process of the second table
     args = parser.parse_args(argv)
+    if args.rounds < 1:
+        parser.error("--rounds must be 1 or more.")
+    if not (args.scripts or Path("/proc/self/status").exists()):
+        parser.error("the second table needs Linux: add --scripts for the first alone.")
     rounds, shorter = (1, 30) if args.quick else (args.rounds, 1)
     if args.measure:
         print(measure_memory(int(args.measure[0]), args.measure[1], int(args.measure[2])))
