@@ -278,10 +278,8 @@ def train(args, run):
     if run:
         for name, part in parts.items():
             part.load_state_dict(run[name])
-        step, z_fixed = run["step"], run["z_fixed"].to(device)
+        step, z_fixed, log = run["step"], run["z_fixed"].to(device), run["log"]
         torch.set_rng_state(run["rng"])
-        rows = (out / "log.csv").read_text().splitlines()[1:] if (out / "log.csv").exists() else []
-        log += [row for row in rows if row.count(",") == log[0].count(",") and int(row.split(",")[1]) <= step]
     elif (out / "args.json").exists():  # --overwrite: what would be left of the run that is replaced
         for name in ("checkpoint.pt", "generated.png", "interpolation.gif", "samples/[0-9]*.png", "generat*/*[0-9].p*"):
             list(map(Path.unlink, sorted(out.glob(name))))
@@ -353,7 +351,7 @@ def train(args, run):
             if saving or step % (args.sample_every or math.inf) == 0 or (epoch == 0 and step.bit_count() == 1):
                 update_bn(z_fixed.split(128), G_ema)  # the copied statistics of batch norm do not fit averaged weights
                 save_png(out / f"samples/{step:06d}.png", grid(sample(G_ema, z_fixed[:64])))
-            state = {"args": vars(args), "step": step, "epoch": epoch + epoch_ends}
+            state = {"args": vars(args), "step": step, "epoch": epoch + epoch_ends, "log": log}
             if keeping:  # before the checkpoint: a run that is killed between the two makes it again
                 save_atomically(out / f"generators/epoch_{epoch + 1:03d}.pt", state | {"G": G_ema.module.state_dict()})
             if saving:  # after each epoch; from the 101st on, of those under 100 steps, once in 100 steps

@@ -309,10 +309,8 @@ def train(args, run):
     if run:
         for name, part in parts.items():
             part.load_state_dict(run[name])
-        step, z_fixed = run["step"], run["z_fixed"].to(device)
+        step, z_fixed, log = run["step"], run["z_fixed"].to(device), run["log"]
         torch.set_rng_state(run["rng"])
-        rows = (out / "log.csv").read_text().splitlines()[1:] if (out / "log.csv").exists() else []
-        log += [row for row in rows if row.count(",") == log[0].count(",") and int(row.split(",")[1]) <= step]
     elif (out / "args.json").exists():  # --overwrite: what would be left of the run that is replaced
         own = "factors.png", "traversal.png", "traversal.gif"
         for name in ("checkpoint.pt", "generated.png", *own, "samples/[0-9]*.png", "generat*/*[0-9].p*"):
@@ -385,7 +383,7 @@ def train(args, run):
             saving = keeping or stopping or (epoch_ends and (epoch < 100 or step % 100 < steps_per_epoch))
             if saving or step % (args.sample_every or math.inf) == 0 or (epoch == 0 and step.bit_count() == 1):
                 save_png(out / f"samples/{step:06d}.png", grid(sample(G_ema, z_fixed)))  # update_bn: no better here
-            state = {"args": vars(args), "step": step, "epoch": epoch + epoch_ends}
+            state = {"args": vars(args), "step": step, "epoch": epoch + epoch_ends, "log": log}
             if keeping:  # before the checkpoint: a run that is killed between the two makes it again
                 save_atomically(out / f"generators/epoch_{epoch + 1:03d}.pt", state | {"G": G_ema.module.state_dict()})
             if saving:  # after each epoch; from the 101st on, of those under 100 steps, once in 100 steps
