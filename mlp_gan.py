@@ -146,7 +146,7 @@ def build(args):
     return Generator(args.latent_dim, *shape, dropout if args.norm == "dropout" else 0), Discriminator(*shape, dropout)
 
 def save_plots(out, log, gradients):
-    """losses.png: the curves of log, lines of CSV; gradients.png: how large those of D's last layer are (epochs, n)."""
+    """losses.png: the curves of log, the lines of log.csv; gradients.png: how large gradients, (epochs, n), are."""
     log = np.atleast_1d(np.genfromtxt(log, delimiter=",", names=True))
     figure, n = Figure(figsize=(13, 3.8), layout="constrained"), len(log) // 40 + 1  # rows in the running mean
     panels = [("loss_d loss_g", "Loss", "loss", {})]

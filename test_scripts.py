@@ -2678,6 +2678,7 @@ def test_kid_of_a_set_against_itself_is_about_zero():
     a, b = torch.randn(2, 4000, 8, generator=rng)
     mean, error = score.kid(a, b, blocks=20)
     assert abs(mean) < 5 * error + 0.01
+    assert abs(score.kid(a, a, blocks=20)[0]) < 5 * error + 0.01
     assert score.kid(a, b + 1, blocks=20)[0] > 20 * abs(mean)
 
 

@@ -5,7 +5,7 @@
     python bench/score.py runs/dcgan-mnist --snapshots         # each of generators/*.pt too: a curve, the best epoch
     python bench/score.py runs/dcgan-mnist --watch             # the snapshots, beside a training, to Ctrl-C
     python bench/score.py some/folder/of/pngs --dataset mnist  # pictures from anywhere
-    python bench/score.py --sanity --dataset mnist             # real images, blurred ones and noise
+    python bench/score.py --sanity --dataset mnist             # real images, blurred ones and noise: ./score.csv
 Writes score.csv, of a run score.png, and nearest.png (16 samples, each before the three training images with the
 nearest features; beside a folder of pictures: FOLDER-nearest.png).
 Features are the last hidden layer of a small classifier of the data set, trained once on its labels, seeded, kept in
