@@ -9,7 +9,7 @@ digit, the numbers as slant or width. The reward L is a lower bound of the mutua
 Ten categories, guessed perfectly, give L = ln 10 = 2.303 nats, a number (variance 1) ln 2 - ln(2 pi) / 2 = -0.226.
     python infogan.py                           # the built-in digits, no download
     python infogan.py --dataset mnist --epochs 20
-What changes from dcgan.py: codes, Q, L; networks with a hidden layer; no tricks; a test of what the codes mean on a
+What changes from dcgan.py: codes, Q, L; a dense layer more in each; no tricks; a test of what the codes mean on a
 tenth of the pictures, not trained on: by labels (cluster_error), by the factors of `digits`; both in factors.png.
 Where this differs from the paper (its values in brackets): Q learns categories from fakes slanted, scaled and shifted
 at random, so that none is a slant or size (--augment 0: off); numbers and G's reward are of plain fakes. z is 16 normal
@@ -383,11 +383,11 @@ def train(args, run):
             saving = keeping or stopping or (epoch_ends and (epoch < 100 or step % 100 < steps_per_epoch))
             if saving or step % (args.sample_every or math.inf) == 0 or (epoch == 0 and step.bit_count() == 1):
                 save_png(out / f"samples/{step:06d}.png", grid(sample(G_ema, z_fixed)))  # update_bn: no better here
-            state = {"args": vars(args), "step": step, "epoch": epoch + epoch_ends, "log": log}
+            state = {"args": vars(args), "step": step, "epoch": epoch + epoch_ends}
             if keeping:  # before the checkpoint: a run that is killed between the two makes it again
                 save_atomically(out / f"generators/epoch_{epoch + 1:03d}.pt", state | {"G": G_ema.module.state_dict()})
             if saving:  # after each epoch; from the 101st on, of those under 100 steps, once in 100 steps
-                rest = {name: part.state_dict() for name, part in parts.items()} | {"rng": torch.get_rng_state()}
+                rest = {k: part.state_dict() for k, part in parts.items()} | {"rng": torch.get_rng_state(), "log": log}
                 save_atomically(out / "checkpoint.pt", state | rest | {"z_fixed": z_fixed, "cluster_error": error})
                 if step % 100 < steps_per_epoch:  # at most once in 100 steps: drawing takes as long as many steps
                     save_plots(out, log)

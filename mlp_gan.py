@@ -9,7 +9,7 @@ The theory uses minimax. But while D sees through G, the slope of log(1 - D) in 
 little. That of -log D is near -1. At equilibrium D(x) = 1/2, right half the time, and loss_d = 2 ln 2 = 1.386.
     python mlp_gan.py                           # the built-in digits, no download
     python mlp_gan.py --dataset mnist --epochs 20
-Batch norm in place of dropout breaks it: after epoch 3 D(G(z)) is 0.005, not 0.5; in gradients.png 4e-4, not 0.05:
+Batch norm in place of dropout breaks it: after epoch 3 D(G(z)) is 0.005, not 0.5; D's last gradients 4e-4, not 0.05:
     python mlp_gan.py --dataset mnist --img-size 64 --hidden 512 512 512 --norm batch --dropout 0 --out runs/bn
     python mlp_gan.py --dataset mnist --img-size 64 --hidden 512 512 512 --norm dropout --out runs/dropout
 Where this differs from the paper: LeakyReLU, not ReLU in G and maxout in D; Adam, not momentum; z is normal, and the
@@ -146,7 +146,7 @@ def build(args):
     return Generator(args.latent_dim, *shape, dropout if args.norm == "dropout" else 0), Discriminator(*shape, dropout)
 
 def save_plots(out, log, gradients):
-    """losses.png: the curves of log, the lines of log.csv; gradients.png: how large gradients, (epochs, n), are."""
+    """losses.png: log's curves; gradients.png: the gradients of D's last layer, (epochs, weights), by size."""
     log = np.atleast_1d(np.genfromtxt(log, delimiter=",", names=True))
     figure, n = Figure(figsize=(13, 3.8), layout="constrained"), len(log) // 40 + 1  # rows in the running mean
     panels = [("loss_d loss_g", "Loss", "loss", {})]
@@ -266,11 +266,11 @@ def train(args, run):
             if saving or step % (args.sample_every or math.inf) == 0 or (epoch == 0 and step.bit_count() == 1):
                 update_bn(z_fixed.split(128), G_ema)  # the copied statistics of batch norm do not fit averaged weights
                 save_png(out / f"samples/{step:06d}.png", grid(sample(G_ema, z_fixed[:64])))
-            state = {"args": vars(args), "step": step, "epoch": epoch + epoch_ends, "log": log}
+            state = {"args": vars(args), "step": step, "epoch": epoch + epoch_ends}
             if keeping:  # before the checkpoint: a run that is killed between the two makes it again
                 save_atomically(out / f"generators/epoch_{epoch + 1:03d}.pt", state | {"G": G_ema.module.state_dict()})
             if saving:  # after each epoch; from the 101st on, of those under 100 steps, once in 100 steps
-                rest = {name: part.state_dict() for name, part in parts.items()} | {"rng": torch.get_rng_state()}
+                rest = {k: part.state_dict() for k, part in parts.items()} | {"rng": torch.get_rng_state(), "log": log}
                 save_atomically(out / "checkpoint.pt", state | rest | {"z_fixed": z_fixed, "gradients": gradients})
                 if step % 100 < steps_per_epoch:  # at most once in 100 steps: drawing takes as long as many steps
                     save_plots(out, log, gradients)

@@ -131,7 +131,7 @@ def draw(path, n):
         G.load_state_dict({k.removeprefix("module."): weights[k] for k in weights if k != "n_averaged"})
     except Exception as error:  # torch.load raises many kinds for a file that is not a checkpoint
         raise Fault(f"{path} is missing, damaged or of another version ({type(error).__name__}).") from error
-    z, rng = fixed_noise(n, args.latent_dim, 12345), torch.Generator().manual_seed(54321)  # no grid's, as a rule
+    z, rng = fixed_noise(n, args.latent_dim, 12345), torch.Generator().manual_seed(54321)  # seeds of no grid, as a rule
     codes = [script.draw_codes(n, args.categorical, args.continuous, rng=rng)] if hasattr(script, "draw_codes") else []
     return sample(G, torch.cat([z, *codes], 1)), run["epoch"]
 
@@ -209,7 +209,7 @@ def score_folder(folder, args):
         images = draw(folder / "checkpoint.pt", n) if flags else (pictures, "pictures")
         images, fake = score(*images, real, rows, folder)
         nearest = real.train[torch.cdist(fake[:16], real.seen).topk(3, largest=False).indices]
-        path = folder / "nearest.png" if flags else Path(f"{folder.absolute()}-nearest.png")  # no sample the next time
+        path = folder / "nearest.png" if flags else Path(f"{folder.resolve()}-nearest.png")  # no sample the next time
         save_png(path, grid(torch.cat([images[:16, None], nearest], 1).flatten(0, 1)))
         if args.snapshots:
             print(f"best: epoch {min(rows, key=lambda row: row[1])[0]}")
