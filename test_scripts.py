@@ -3112,6 +3112,16 @@ def test_the_pictures_that_are_timed_are_where_the_table_says(tmp_path, kind):
     assert len(mapped) == (kind == "mapped")
 
 
+@pytest.mark.parametrize(("flags", "word"), [(["--rounds", "0"], "--rounds"), (["--data"], "--scripts")])
+def test_speed_refuses_what_it_cannot_measure(flags, word, monkeypatch, capsys):
+    monkeypatch.setattr(Path, "exists", lambda self: False)  # no /proc
+    monkeypatch.setattr(speed, "table_of_sizes", lambda *_: None)
+    with pytest.raises(SystemExit) as stop:
+        speed.main(flags)
+    assert stop.value.code == 2
+    assert word in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak memory is read from /proc")
 def test_the_tables_of_speed(monkeypatch, capsys):
     monkeypatch.setattr(speed, "ROWS", {"a title": ("mlp_gan", "--hidden 4 8", 60)})
