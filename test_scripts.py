@@ -399,7 +399,7 @@ def test_out_of_memory_is_one_sentence_and_a_mistake_in_the_code_is_not(script, 
 
     monkeypatch.setattr(script, "load_data", load_data)
     if told:
-        assert "memory" in refusal(capsys, run(script), [1])
+        assert "memory: try a smaller --batch-size" in refusal(capsys, run(script), [1])
     else:
         with pytest.raises(RuntimeError, match="multiplied"):
             run(script)

@@ -371,7 +371,8 @@ def main(argv=None):
     except (Fault, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error) and not args.compile:
             raise  # a mistake in the code
-        print(f"{Path(__file__).name}:", (str(error).split("\n")[0] or repr(error)).ljust(67), file=sys.stderr)
+        tip = ": try a smaller --batch-size" if isinstance(error, RuntimeError) and "memory" in str(error) else ""
+        print(f"{Path(__file__).name}:", (str(error).split("\n")[0] + tip or repr(error)).ljust(67), file=sys.stderr)
         return 2 if isinstance(error, Misuse) else 1
 
 if __name__ == "__main__":
