@@ -134,7 +134,7 @@ def open_run(args, argv):
             network.load_state_dict(run[name])  # only to see if they fit
     except Exception as error:  # torch.load raises many kinds for a file that is not a checkpoint
         raise Fault(f"{path} is missing, damaged or of other networks: change --out, or --overwrite alone.") from error
-    free = {"epochs", "max_steps", "device", "data_dir", "out", "overwrite", "resume", "sample"}
+    free = {"epochs", "max_steps", "device", "data_dir", "out", "resume", "sample"}
     for name, value in flags.items():
         if getattr(args, name) != value and name not in free and not (args.sample and name == "seed"):
             raise Misuse(f"{path} has {name.replace('_', '-')} {value}: keep to it, or change --out.")

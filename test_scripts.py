@@ -350,12 +350,12 @@ def test_resume_of_a_finished_run_changes_nothing(script, pictures, capsys, flag
     assert f"Step {step} of {step}." in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flag", [["--latent-dim", "9"], ["--seed", "5"], ["--dataset", "digits"], ["--lr-g", "0.1"]])
+@pytest.mark.parametrize("flag", ["--latent-dim 9", "--seed 5", "--dataset digits", "--lr-g 0.1", "--overwrite"])
 def test_resume_refuses_a_flag_that_contradicts_the_run(script, copy_one_step, capsys, flag):
     copy_one_step(script)
     capsys.readouterr()
-    said = refusal(capsys, script.main(["--out", "r", "--resume", *flag]), [2])
-    assert f"has {flag[0].strip('-')} " in said
+    said = refusal(capsys, script.main(["--out", "r", "--resume", *flag.split()]), [2])
+    assert f"has {flag.split()[0].strip('-')} " in said
 
 
 def test_a_run_never_writes_over_another(script, pictures, capsys):
