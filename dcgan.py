@@ -7,10 +7,10 @@ DCGAN made this work with convolutions: strides in place of pooling, batch norm 
     G maximises  log D(G(z))                    loss_g = -mean log D(G(z))
     python dcgan.py                             # the built-in digits, no download
     python dcgan.py --dataset mnist --epochs 20
-    python dcgan.py --dataset mnist --epochs 20 --lr-g 2e-4 --lr-d 2e-4 --betas 0.5 0.999  # the paper's Adam
+    python dcgan.py --dataset mnist --epochs 20 --lr-g 2e-4 --lr-d 2e-4 --betas 0.5 0.999 --out runs/adam  # the paper's
 The strongest recipe found here: twice the width, R1 instead of batch norm in D, larger steps that fade:
     python dcgan.py --dataset mnist --epochs 10 --hidden-channels 32 64 --d-norm none --r1 0.5 \
-        --lr-g 1e-3 --lr-d 1e-3 --betas 0 0.99 --init default --lr-schedule cosine
+        --lr-g 1e-3 --lr-d 1e-3 --betas 0 0.99 --init default --lr-schedule cosine --out runs/strong
 What changes from mlp_gan.py: the networks, their first weights; no minimax, no gradients.png; walks through the space
 of z, in interpolation.gif; tricks: hinge loss, R1, spectral norm, flipped labels, instance noise, diffaugment.
 Where this differs from the paper: Adam at 5e-4 with betas (0, 0.99), better after 20 epochs than 2e-4 and (0.5, 0.999);
@@ -46,11 +46,11 @@ class Generator(nn.Sequential):
         factor = 2 ** len(hidden_channels)
         if img_size % factor:
             raise Misuse(f"--img-size {img_size} is no multiple of {factor}: use one, or fewer --hidden-channels.")
-        *rest, channels = hidden_channels
-        start = img_size // factor, img_size // factor, channels
+        widths = [*reversed(hidden_channels), img_channels]
+        start = img_size // factor, img_size // factor, widths[0]
         layers = [nn.Linear(latent_dim, math.prod(start), bias=False), nn.Unflatten(1, start)]  # (B, 8, 8, 512)
         layers += [Permute([0, 3, 1, 2])]  # (B, 512, 8, 8), channels last in memory, as the convolutions want them
-        for width in [*reversed(rest), img_channels]:  # (B, 256, 16, 16), (B, 128, 32, 32), (B, 3, 64, 64)
+        for channels, width in zip(widths[:-1], widths[1:], strict=True):  # (B, 256, 16, 16) to (B, 3, 64, 64)
             for _ in range(depth - 1):
                 layers += [nn.BatchNorm2d(channels), nn.ReLU(True), nn.Conv2d(channels, channels, 3, 1, 1, bias=False)]
             layers += [nn.BatchNorm2d(channels), nn.ReLU(True)]
@@ -59,16 +59,14 @@ class Generator(nn.Sequential):
             else:
                 pad = (kernel_size - 1) // 2, kernel_size % 2  # so that the size doubles
                 layers += [nn.ConvTranspose2d(channels, width, kernel_size, 2, *pad, bias=False)]
-            channels = width
         super().__init__(*layers, nn.Tanh())
         if init == "dcgan":
             self.apply(init_weights)
 
-class Discriminator(nn.Module):
+class Discriminator(nn.Sequential):
     """image (B, img_channels, img_size, img_size) -> logit l (B,) of D(x) = sigmoid(l): G's mirror image."""
     def __init__(self, img_size=64, img_channels=3, hidden_channels=(128, 256, 512),
                  kernel_size=4, depth=1, norm="batch", dropout=0.0, init="dcgan"):  # fmt: skip
-        super().__init__()
         layers, channels, bias = [], img_channels, norm != "batch"  # with batch norm no layer has one
         for width in hidden_channels:  # (B, 128, 32, 32), (B, 256, 16, 16), (B, 512, 8, 8)
             convs = [nn.Conv2d(channels, width, kernel_size, 2, (kernel_size - 1) // 2, bias=bias)]
@@ -76,17 +74,13 @@ class Discriminator(nn.Module):
             for conv in convs:
                 batch_norm = [nn.BatchNorm2d(width)] if norm == "batch" and layers else []  # not on the first
                 layers += [conv, *batch_norm, nn.LeakyReLU(0.2, True)] + ([nn.Dropout(dropout)] if dropout else [])
-            channels = width
+            channels, img_size = width, img_size // 2
         layers += [Permute([0, 2, 3, 1]), nn.Flatten()]  # (B, 8 * 8 * 512), as in memory
-        layers += [nn.Linear((img_size // 2 ** len(hidden_channels)) ** 2 * channels, 1, bias=bias)]
-        self.layers = nn.Sequential(*layers)
+        super().__init__(*layers, nn.Linear(img_size**2 * channels, 1, bias=bias), nn.Flatten(0))  # (B,)
         if init == "dcgan":
             self.apply(init_weights)
         if norm == "spectral":
             self.apply(lambda layer: spectral_norm(layer) if hasattr(layer, "weight") else layer)
-
-    def forward(self, x):
-        return self.layers(x).squeeze(1).float()  # (B,)
 
 def init_weights(module):
     """Weights with the paper's standard deviation of 0.02, about 0, or about 1 for the scale of batch norm."""
@@ -96,7 +90,8 @@ def init_weights(module):
 def discriminator_loss(logits_real, logits_fake, loss="bce", smoothing=0.0):
     """-log D(x) - log(1 - D(G(z))): -log sigmoid(l) = softplus(-l). Hinge: relu(1 - l) for x, relu(1 + l) for G(z)."""
     f = softplus if loss == "bce" else lambda logits: relu(1 + logits)
-    return ((1 - smoothing) * f(-logits_real) + smoothing * f(logits_real)).mean() + f(logits_fake).mean()
+    real = (1 - smoothing) * f(-logits_real) + smoothing * f(logits_real)  # (B,)
+    return real.mean() + f(logits_fake).mean()
 
 def generator_loss(logits_fake, loss="bce"):
     """-log D(G(z)) = softplus(-l): its gradient is large while D sees through G. Hinge: -l."""
@@ -257,7 +252,7 @@ def train(args, run):
         raise Fault(f"{out} was trained on {args.num_images} pictures of {args.img_channels} channels, not these.")
     args.num_images, args.img_channels, args.img_size, _ = images.shape  # for build() and the checkpoint
     args.depth = args.depth or (2 if args.img_size < 64 else 1)
-    halvings = max(1, round(math.log2(args.img_size / 8)))  # down to about 8x8
+    halvings = max(1, round(math.log2(args.img_size / 8)))  # to about 8x8
     args.hidden_channels = args.hidden_channels or [max(1, 32 // args.depth * 2**n) for n in range(halvings)]
     torch.manual_seed(args.seed + (run["step"] if run else 0))  # on a GPU a resumed run draws new noise
     G, D = (network.to(device, memory_format=torch.channels_last) for network in build(args))
@@ -290,7 +285,7 @@ def train(args, run):
     print(f"{len(images):,} pictures {tuple(images.shape[1:])}, parameters {counts}, {facts['on']}, {out}", flush=True)
     def D_seen(x):  # (B, C, H, W) -> (B,); step is that of the loop below
         x = x + args.instance_noise * (1 - step / last_step) * torch.randn_like(x) if args.instance_noise else x
-        return D(diffaugment(x) if args.diffaugment else x)
+        return D(diffaugment(x) if args.diffaugment else x).float()
     first, stop, started = step, [], time.perf_counter()
     old_handler = signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # one more step, then save
     try:
@@ -305,7 +300,7 @@ def train(args, run):
             for index in epoch_order(len(images), batch_size * args.d_steps, args.seed, epoch)[i].split(batch_size):
                 x_real = to_batch(images, index, device).requires_grad_(args.r1 > 0)  # (B, C, H, W) in [-1, 1]
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    x_fake = G(torch.randn(batch_size, args.latent_dim, device=device))  # kept for the G step
+                    x_fake = G(torch.randn(batch_size, args.latent_dim, device=device))  # kept for (2)
                     logits_real, logits_fake = D_seen(x_real), D_seen(x_fake.detach())  # no way to G
                 sign = torch.where(torch.rand(2, batch_size, device=device) < args.flip_labels, -1, 1)  # -1: wrong
                 seen_real, seen_fake = sign[0] * logits_real, sign[1] * logits_fake  # -l: logit of the other label

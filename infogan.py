@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import nn
-from torch.nn.functional import affine_grid, cross_entropy, grid_sample, one_hot, softplus
+from torch.nn.functional import affine_grid, cross_entropy, gaussian_nll_loss, grid_sample, one_hot, softplus
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torchvision.ops import Permute
 from common import DATASETS, Fault, Misuse, epoch_order, fixed_noise, grid, load_data, sample, save_atomically
@@ -41,15 +41,14 @@ class Generator(nn.Sequential):
         factor = 2 ** len(hidden_channels)
         if img_size % factor:
             raise Misuse(f"--img-size {img_size} is no multiple of {factor}: use one, or fewer --hidden-channels.")
-        *rest, channels = hidden_channels
-        start = img_size // factor, img_size // factor, channels
+        widths = [*reversed(hidden_channels), img_channels]
+        start = img_size // factor, img_size // factor, widths[0]
         layers = [nn.Linear(inputs, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(True)]  # (B, 512)
         layers += [nn.Linear(hidden, math.prod(start), bias=False), nn.Unflatten(1, start)]  # (B, 7, 7, 32)
         layers += [Permute([0, 3, 1, 2])]  # (B, 32, 7, 7), channels last in memory, as the convolutions want them
-        for width in [*reversed(rest), img_channels]:  # (B, 16, 14, 14), (B, 1, 28, 28)
+        for channels, width in zip(widths[:-1], widths[1:], strict=True):  # (B, 16, 14, 14), (B, 1, 28, 28)
             layers += [nn.BatchNorm2d(channels), nn.ReLU(True)]
             layers += [nn.ConvTranspose2d(channels, width, 4, 2, 1, bias=False)]
-            channels = width
         super().__init__(*layers, nn.Tanh())
 
 class Discriminator(nn.Module):
@@ -77,7 +76,7 @@ def discriminator_loss(logits_real, logits_fake):
     return softplus(-logits_real).mean() + softplus(logits_fake).mean()
 
 def generator_loss(logits_fake):
-    """-log D(G(z)) = softplus(-l). Its gradient is large while D sees through G."""
+    """-log D(G(z)) = softplus(-l): its gradient is large while D sees through G."""
     return softplus(-logits_fake).mean()
 
 def categorical_bound(guesses, c, sizes):
@@ -88,9 +87,8 @@ def categorical_bound(guesses, c, sizes):
 def continuous_bound(guesses, c, sizes, variance):
     """The same for the numbers after them, uniform in [-1, 1]: H = log 2; Q is normal; "fixed" is a variance of 1."""
     mean, log_variance = guesses[:, sum(sizes) :].chunk(2, 1)  # (B, C) each
-    log_variance = log_variance if variance == "learned" else torch.zeros_like(mean)
-    log_q = -((c[:, sum(sizes) :] - mean) ** 2 / log_variance.exp() + log_variance + math.log(2 * math.pi)) / 2
-    return (math.log(2) + log_q).mean(0).sum()
+    v = log_variance.exp() if variance == "learned" else 1.0
+    return (math.log(2) - gaussian_nll_loss(mean, c[:, sum(sizes) :], v, full=True, reduction="none")).mean(0).sum()
 
 def draw_codes(n, sizes, continuous, device="cpu", rng=None):
     """c (n, sum(sizes) + continuous): a random category, one-hot, for each of sizes, then numbers from [-1, 1]."""
@@ -98,7 +96,7 @@ def draw_codes(n, sizes, continuous, device="cpu", rng=None):
     return torch.cat([*categories, 2 * torch.rand(n, continuous, generator=rng, device=device) - 1], 1)
 
 def augment(x, strength):
-    """x (B, C, H, W), each picture scaled, slanted, turned and shifted at random."""
+    """x (B, C, H, W), each picture scaled, slanted and turned at random, and shifted by up to strength * W / 2."""
     maps = torch.eye(2, 3, device=x.device) + strength * (2 * torch.rand(len(x), 2, 3, device=x.device) - 1)
     with torch.autocast(x.device.type, enabled=False):  # bfloat16 would round places in the picture
         return grid_sample(x.float(), affine_grid(maps, x.shape, False), padding_mode="border", align_corners=False)
@@ -217,8 +215,7 @@ def measure(D, data, training, held_out, args, device):
     panels = [(f"Share of each label (columns) in each category: error {error:.1%}", shares, rows, range(n))]
     if data.factors and n_codes:
         both = [*guesses.T[sum(args.categorical) :][:n_codes], *(factor[held_out] for factor in data.factors.values())]
-        ranks = torch.stack(both).argsort(1).argsort(1).float()  # (C + F, N)
-        r = ranks.corrcoef().abs()[:n_codes, n_codes:].numpy()  # (C, F)
+        r = torch.stack(both).argsort(1).argsort(1).float().corrcoef().abs()[:n_codes, n_codes:].numpy()  # (C, F)
         panels += [("|Rank correlation|: code and factor", r, [f"code {j + 1}" for j in range(n_codes)], data.factors)]
     figure = Figure(figsize=(7 * len(panels) + 1, 4.5), layout="constrained")
     for i, (title, values, rows, columns) in enumerate(panels):

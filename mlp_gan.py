@@ -51,8 +51,9 @@ def blocks(sizes, norm, dropout):
         yield from (nn.Linear(size_in, size_out), *batch_norm, nn.LeakyReLU(0.2, True), nn.Dropout(dropout))
 
 def discriminator_loss(logits_real, logits_fake, smoothing=0.0):
-    """-log D(x) - log(1 - D(G(z))): -log sigmoid(l) = softplus(-l); softplus(l) = softplus(-l) + l."""
-    return (softplus(-logits_real) + smoothing * logits_real).mean() + softplus(logits_fake).mean()
+    """-log D(x) - log(1 - D(G(z))): -log sigmoid(l) = softplus(-l), and -log(1 - sigmoid(l)) = softplus(l)."""
+    real = (1 - smoothing) * softplus(-logits_real) + smoothing * softplus(logits_real)  # (B,)
+    return real.mean() + softplus(logits_fake).mean()
 
 def generator_loss(logits_fake, loss="nonsaturating"):
     """-log D(G(z)) = softplus(-l); or minimax, log(1 - D(G(z))) = -softplus(l), with slope -D(G(z))."""
@@ -221,7 +222,7 @@ def train(args, run):
             for index in epoch_order(len(images), batch_size * args.d_steps, args.seed, epoch)[i].split(batch_size):
                 x_real = to_batch(images, index, device)  # (B, C, H, W) in [-1, 1]
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    x_fake = G(torch.randn(batch_size, args.latent_dim, device=device))  # kept for the G step
+                    x_fake = G(torch.randn(batch_size, args.latent_dim, device=device))  # kept for (2)
                     logits_real, logits_fake = D(x_real).float(), D(x_fake.detach()).float()  # no way to G
                 loss_d = discriminator_loss(logits_real, logits_fake, args.label_smoothing)
                 opt_d.zero_grad()

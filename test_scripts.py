@@ -1088,13 +1088,13 @@ def test_dcgan_initial_weights_are_those_of_the_paper():
 
 def test_dcgan_d_has_no_batch_norm_on_its_first_layer_and_g_has_tanh_last():
     D, G = dcgan.Discriminator(), dcgan.Generator()
-    assert [type(layer).__name__ for layer in D.layers][:4] == ["Conv2d", "LeakyReLU", "Conv2d", "BatchNorm2d"]
+    assert [type(layer).__name__ for layer in D][:4] == ["Conv2d", "LeakyReLU", "Conv2d", "BatchNorm2d"]
     assert [type(layer).__name__ for layer in G][-2:] == ["ConvTranspose2d", "Tanh"]
-    assert {layer.negative_slope for layer in D.layers if isinstance(layer, nn.LeakyReLU)} == {0.2}
+    assert {layer.negative_slope for layer in D if isinstance(layer, nn.LeakyReLU)} == {0.2}
     same = dcgan.Discriminator(8, 3, [6, 6])  # as many channels as hidden ones must not move the batch norm
-    assert sum(isinstance(layer, nn.BatchNorm2d) for layer in same.layers) == 1
+    assert sum(isinstance(layer, nn.BatchNorm2d) for layer in same) == 1
     same = dcgan.Discriminator(8, 3, [3, 6])
-    assert [type(layer).__name__ for layer in same.layers][:4] == ["Conv2d", "LeakyReLU", "Conv2d", "BatchNorm2d"]
+    assert [type(layer).__name__ for layer in same][:4] == ["Conv2d", "LeakyReLU", "Conv2d", "BatchNorm2d"]
 
 
 def test_dcgan_memory_layout_does_not_change_the_result():
@@ -1106,7 +1106,7 @@ def test_dcgan_memory_layout_does_not_change_the_result():
     D.to(memory_format=torch.channels_last)
     assert torch.allclose(D(G(z)), plain, atol=1e-5)
     last = []
-    for layer in [*list(G)[2:], *list(D.layers)[:-3]]:  # all but the flat ones
+    for layer in [*list(G)[2:], *list(D)[:-4]]:  # all but the flat ones
         layer.register_forward_hook(lambda _, __, x: last.append(x.is_contiguous(memory_format=torch.channels_last)))
     D(G(z))
     assert all(last)
@@ -1162,7 +1162,7 @@ def kinds(network):
 def test_kernel_size(kernel_size):
     G = dcgan.Generator(7, 28, 1, [4, 8], kernel_size=kernel_size)
     D = dcgan.Discriminator(28, 1, [4, 8], kernel_size=kernel_size)
-    strided = [layer for layer in [*G, *D.layers] if getattr(layer, "stride", None) == (2, 2)]
+    strided = [layer for layer in [*G, *D] if getattr(layer, "stride", None) == (2, 2)]
     assert [layer.kernel_size for layer in strided] == [(kernel_size, kernel_size)] * 4
     assert G(torch.randn(2, 7)).shape == (2, 1, 28, 28)
     assert D(G(torch.randn(2, 7))).shape == (2,)
@@ -1191,21 +1191,21 @@ def test_d_norm():
     assert "BatchNorm2d" not in kinds(D)
     for _ in range(50):
         D(torch.randn(2, 1, 28, 28))
-    for layer in D.layers:
+    for layer in D:
         if hasattr(layer, "weight"):
             assert abs(torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item() - 1) < 0.05
 
 
 def test_init():
     D = dcgan.Discriminator(init="default")
-    assert abs(D.layers[0].weight.std() - 0.02) > 0.02
-    assert (D.layers[3].weight == 1).all()
+    assert abs(D[0].weight.std() - 0.02) > 0.02
+    assert (D[3].weight == 1).all()
 
 
 def test_dropout():
     assert "Dropout" not in kinds(dcgan.Discriminator(28, 1, [4, 8]))
     D = dcgan.Discriminator(28, 1, [4, 8], norm="none", dropout=0.3)
-    assert [layer.p for layer in D.layers if isinstance(layer, nn.Dropout)] == [0.3, 0.3]
+    assert [layer.p for layer in D if isinstance(layer, nn.Dropout)] == [0.3, 0.3]
     x = torch.randn(2, 1, 28, 28)
     assert not torch.equal(D(x), D(x))
 

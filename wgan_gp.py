@@ -65,20 +65,19 @@ class Generator(nn.Sequential):
         factor = 2 ** len(hidden_channels)
         if img_size % factor:
             raise Misuse(f"--img-size {img_size} is no multiple of {factor}: use one, or fewer --hidden-channels.")
-        *widths, channels = (img_channels if arch == "conv" else hidden_channels[0]), *hidden_channels
-        start = img_size // factor, img_size // factor, channels
+        widths = [*reversed(hidden_channels), img_channels if arch == "conv" else hidden_channels[0]]
+        start = img_size // factor, img_size // factor, widths[0]
         layers = [nn.Linear(latent_dim, math.prod(start), bias=False), nn.Unflatten(1, start)]  # (B, 7, 7, 128)
         layers += [Permute([0, 3, 1, 2])]  # (B, 128, 7, 7), channels last in memory, as the convolutions want them
-        for width in reversed(widths):  # (B, 64, 14, 14), (B, 1, 28, 28); resnet (B, 64, 28, 28)
+        for channels, width in zip(widths[:-1], widths[1:], strict=True):  # (B, 64, 14, 14), (B, 1, 28, 28; resnet: 64)
             if arch == "resnet":
                 layers += [ResBlock(channels, width, nn.BatchNorm2d, up=[nn.Upsample(scale_factor=2)])]
             else:
                 convs = [nn.Conv2d(channels, channels, 3, 1, 1, bias=False) for _ in range(depth - 1)]
                 for conv in [*convs, nn.ConvTranspose2d(channels, width, 4, 2, 1, bias=False)]:
                     layers += [nn.BatchNorm2d(channels), nn.ReLU(True), conv]
-            channels = width
         if arch == "resnet":
-            layers += [nn.BatchNorm2d(channels), nn.ReLU(True), nn.Conv2d(channels, img_channels, 3, 1, 1)]
+            layers += [nn.BatchNorm2d(width), nn.ReLU(True), nn.Conv2d(width, img_channels, 3, 1, 1)]
         super().__init__(*layers, nn.Tanh())
 
 class Critic(nn.Module):
@@ -95,10 +94,10 @@ class Critic(nn.Module):
                 convs = [nn.Conv2d(width, width, 3, 1, 1) for _ in range(depth - 1)]
                 for conv in [nn.Conv2d(channels, width, 4, 2, 1), *convs]:
                     layers += [conv, norm(width), LeakyReLU(0.2, True)]
-            channels = width
+            channels, img_size = width, img_size // 2
         layers += [LeakyReLU(0)] if arch == "resnet" else []
         self.layers = nn.Sequential(*layers, Permute([0, 2, 3, 1]), nn.Flatten())  # (B, 7 * 7 * 128), as in memory
-        self.score = nn.Linear((img_size // 2 ** len(hidden_channels)) ** 2 * channels, 1, bias=False)
+        self.score = nn.Linear(img_size**2 * channels, 1, bias=False)
         if spectral:
             self.apply(lambda layer: spectral_norm(layer) if isinstance(layer, (nn.Conv2d, nn.Linear)) else layer)
 
@@ -245,7 +244,7 @@ def train(args, run):
         raise Fault(f"{out} was trained on {args.num_images} pictures of {args.img_channels} channels, not these.")
     args.num_images, args.img_channels, args.img_size, _ = images.shape  # for build() and the checkpoint
     args.depth = args.depth or (2 if args.arch == "conv" and args.img_size < 64 else 1)
-    halvings = max(1, round(math.log2(args.img_size / 8)))  # down to about 8x8
+    halvings = max(1, round(math.log2(args.img_size / 8)))  # to about 8x8
     width = 32 // args.depth if args.arch == "conv" else 32
     args.hidden_channels = args.hidden_channels or [max(1, width * 2**n) for n in range(halvings)]
     torch.manual_seed(args.seed + (run["step"] if run else 0))  # on a GPU a resumed run draws new noise
