@@ -14,9 +14,10 @@ be too simple. spectral (1802.05957): the weights of each layer, as a matrix, ov
 times as fast; convolutions may still be steeper than 1. With both W has an unknown scale: compare it within a run.
     python wgan_gp.py                           # the built-in digits, no download
     python wgan_gp.py --dataset mnist --epochs 20
-    python wgan_gp.py --dataset mnist --epochs 20 --lr-g 1e-4 --lr-d 1e-4 --batch-size 64  # their Adam: FD 51, not 3
+    python wgan_gp.py --dataset mnist --epochs 20 --lr-g 1e-4 --lr-d 1e-4 --batch-size 64 --out runs/adam
+The last has their rates and batch, and half as many steps: FD 51, not 3 (bench/score.py).
 What changes from dcgan.py: no probabilities, tricks or batch norm in D, five D steps a G step, residual networks, W in
-the log, also on pictures kept from training: a W much lower on them shows that D knows the others by heart.
+the log, over training pictures and others: a W much lower over the others shows that D knows the first by heart.
 Where this differs from the papers (theirs in brackets): rates 1e-3, of D without gp 2e-4 (Adam 1e-4, RMSprop 5e-5);
 clip within 0.05 (0.01), with layer norm (batch norm) in D; betas as in Algorithm 1 (their MNIST code: (0.5, 0.9)); z of
 100 (128); batch 32 (64); kernels 4x4 (5x5); widths 16, 32, two layers at each resolution (wider, one); the residual
@@ -324,10 +325,10 @@ def train(args, run):
                 # fork_rng: the random numbers of training stay what they are without a log (on a CPU)
                 with torch.random.fork_rng([]), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     slope = slopes(D.forward, x_real, x_fake).detach()  # (B,); .forward is not compiled
-                    real, fake = D(x_real).mean(), D(x_fake).mean()
-                    held = torch.cat([D(to_batch(images, index, device)) for index in held_out.split(256)]).mean()
+                    seen, held = (torch.cat([D(to_batch(images, index, device)) for index in part.split(256)]).mean()
+                                  for part in (training[: len(held_out)], held_out))  # not what D was just fitted to
                 D.train()
-                row = [loss_d, loss_g, norm_d, norm_g, real - fake, held - fake]
+                row = [loss_d, loss_g, norm_d, norm_g, seen + loss_g, held + loss_g]  # loss_g: of new fakes
                 row = torch.stack([*row, (slope - 1).square().mean(), slope.mean()]).tolist()
                 row.insert(4, speed * batch_size * args.critic_steps)  # images_per_second
                 for name, value in zip(log[0].split(",")[2:], row, strict=True):
