@@ -108,8 +108,8 @@ def save_gif(path, frames, duration):
     save_atomically(path, imageio.mimwrite("<bytes>", frames, format="gif", duration=duration, loop=0))
 
 def save_history(out, step):
-    """samples.gif: the grids in out/samples up to this step, 60 of them at most, the last one held."""
-    paths = [path for n in range(step + 1) if (path := out / f"samples/{n:06d}.png").exists()]  # later: of a killed run
+    """samples.gif: up to 60 of the grids in out/samples, to this step (later: of a killed run), the last one held."""
+    paths = [p for n in range(step + 1) if (p := out.absolute() / f"samples/{n:06d}.png").exists()]  # imageio expands ~
     save_gif(out / "samples.gif", [imageio.imread(p) for p in paths[:: len(paths) // 60 + 1] + paths[-1:] * 10], 200)
 
 def render_digits(n, seed):
@@ -150,11 +150,11 @@ def render_digits(n, seed):
         inside *= scale[i].view(-1, 1, 1, 1) / 2  # a pixel of the picture is 2 / scale pixels of the glyph
         images[i] = ((inside + 0.5).clamp(0, 1) * 255).byte()
     factors = {"rotation": rotation, "slant": slant, "scale": scale, "thickness": (half_stroke[font] + thicker) * scale}
-    return Data(images, labels, factors | {"shift_x": shift_x, "shift_y": shift_y, "font": font.float()})
+    return Data(images, labels, factors | {"shift_x": shift_x, "shift_y": shift_y})
 
 def load_digits(dataset, data_dir, img_size, background):
     """60,000 rendered digits, kept in data_dir/digits after the first time."""
-    cache = data_dir / "digits" / "digits-1.pt"  # count up when render_digits changes
+    cache = data_dir / "digits" / "digits-2.pt"  # count up when render_digits changes
     with contextlib.suppress(Exception):  # not there, or damaged: render again
         return Data(**torch.load(cache, weights_only=True))
     data = render_digits(60_000, seed=0)
@@ -242,7 +242,7 @@ def load_pokemon(dataset, data_dir, img_size, background):
         with zipfile.ZipFile(path) as archive:
             names = [n for n in sorted(archive.namelist()) if "/pokemon-gen8/regular/" in n and n.endswith(".png")]
             return Data(torch.stack([read_picture(archive.open(n), 68, background)[:, 2:-2, 2:-2] for n in names]))
-    except (zipfile.BadZipFile, RuntimeError) as error:  # no zip file; without sprites
+    except (zipfile.BadZipFile, RuntimeError, Fault) as error:  # no zip file; without sprites; a damaged one
         raise Fault(f"{path} is damaged: delete it, so that it is downloaded again.") from error
 
 def read_picture(file, size, background):
@@ -262,12 +262,12 @@ def read_picture(file, size, background):
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 def load_folder(dataset, data_dir, img_size, background):
-    """Every picture below data_dir, but for runs; sub-folders, by name, are labels 0, 1, ...; grey: one channel."""
+    """All pictures below data_dir but runs and hidden ones; sub-folders, by name: labels 0, 1, ...; grey: 1 channel."""
     folder, size = data_dir if dataset == "folder" else data_dir / dataset, img_size or 64
     names = sorted(os.path.join(top, name) for top, _, files in os.walk(folder, followlinks=True) for name in files)
     runs = tuple(name.removesuffix("args.json") for name in names if name.endswith(f"{os.sep}args.json"))  # no data
     names = [n for n in names if n.lower().endswith((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp"))]
-    names = [name for name in names if not name.startswith(runs)]
+    names = [n for n in names if not n.startswith(runs) and f"{os.sep}." not in n[len(str(folder)) :]]  # nor hidden
     if not names:
         dead = {"celeba": "img_align_celeba", "lsun": "the pictures of a category"}
         todo = f"fetch {dead[dataset]} by hand (its download is dead)" if dataset in dead else "put some there"

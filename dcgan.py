@@ -14,10 +14,10 @@ The strongest recipe found here: twice the width, R1 instead of batch norm in D,
 What changes from mlp_gan.py: the networks, their first weights; no minimax, no gradients.png; walks through the space
 of z, in interpolation.gif; tricks: hinge loss, R1, spectral norm, flipped labels, instance noise, diffaugment.
 Where this differs from the paper: Adam at 5e-4 with betas (0, 0.99), better after 20 epochs than 2e-4 and (0.5, 0.999);
-z is normal, not uniform; batch 64, not 128; kernels 4x4; samples from an average of G's weights, whose batch norm has
-statistics of its own (--ema 0: G's weights); as deep and wide as laptops allow (the paper: 1024, 512, 256, 128 channels
-from 4x4 up). Images under 64x64, which are halved only two or three times, get two convolutions each time (--depth 1:
-the paper's)."""
+z is normal, not uniform, and the same in both steps; batch 64, not 128; kernels 4x4; samples from an average of G's
+weights, whose batch norm has statistics of its own (--ema 0: G's weights); as deep and wide as a laptop can (theirs:
+1024, 512, 256, 128 channels from 4x4 up). Images under 64x64, halved one to three times, get two convolutions a time
+(--depth 1: the paper's)."""
 import argparse
 import json
 import math
@@ -103,7 +103,7 @@ def r1_penalty(logits_real, x_real):
     return gradient.square().flatten(1).sum(1).mean()
 
 def diffaugment(x):
-    """Colour, translation and cutout, random for each picture, differentiable (Zhao et al. 2020, 2006.10738)."""
+    """Colour, translation and cutout, random for each picture (2006.10738, but a shift repeats edges)."""
     b, _, h, w = x.shape
     light, colour, contrast, top, left, down, right = torch.rand(7, b, 1, 1, 1, device=x.device)  # (B, 1, 1, 1) each
     x = x + light - 0.5
@@ -122,7 +122,7 @@ def noise_path(z, kind, frames=12):
     a, b, u = z[:, None], z.roll(-1, 0)[:, None], torch.arange(frames).view(-1, 1, 1) / frames
     if kind == "linear":
         return (a + u * (b - a)).flatten(0, 1)
-    cosine = torch.cosine_similarity(a, b, dim=-1)[..., None].clamp(-0.999, 0.999)  # else 0 / 0 where z has one number
+    cosine = torch.cosine_similarity(a, b, dim=-1)[..., None].clamp(-0.9, 0.999)  # opposite z: a path far from all z
     angle = cosine.acos() if kind == "slerp" else torch.tensor(math.pi / 2)
     return ((((1 - u) * angle).sin() * a + (u * angle).sin() * b) / angle.sin()).flatten(0, 1)
 
@@ -176,7 +176,7 @@ def parse_args(argv=None, known=None):
     adam("--d-steps", type=count, default=1, help="D updates a step (%(default)s)")
     adam("--g-steps", type=count, default=1, help="G updates a step (%(default)s)")
     trick("--loss", choices=["bce", "hinge"], default="bce", help="hinge: Geometric GAN, 1705.02894 (%(default)s)")
-    trick("--r1", type=amount, default=0, help="1801.04406: this / 2 * |grad D(x)|^2, with --d-norm none (off)")
+    trick("--r1", type=amount, default=0, help="this / 2 * |grad of D's logit at x|^2: 1801.04406; --d-norm none (off)")
     trick("--label-smoothing", type=share, default=0, help="D's target for real is 1 - this: 1606.03498 (off)")
     trick("--flip-labels", type=share, default=0, help="share of D's labels that are made wrong on purpose (off)")
     trick("--instance-noise", type=amount, default=0, help="noise on all that D sees, falling to 0: 1610.04490 (off)")
@@ -205,7 +205,7 @@ def open_run(args, argv):
         return args, None
     try:
         run = {} if ZipFile(path).testzip() else torch.load(path, map_location="cpu", weights_only=True)  # {}: damaged
-        flags = run["args"] | {"out": args.out, "max_steps": None}
+        flags = run["args"] | {"out": args.out, "overwrite": False} | ({"max_steps": None} if args.epochs else {})
         args = parse_args(argv, argparse.Namespace(**flags))  # argv again: it wins over flags
         for name, network in zip("GD", build(argparse.Namespace(**flags)), strict=True):
             network.load_state_dict(run[name])  # only to see if they fit

@@ -11,10 +11,10 @@ Ten categories, guessed perfectly, give L = ln 10 = 2.303 nats, a number (varian
     python infogan.py --dataset mnist --epochs 20
 What changes from dcgan.py: codes, Q, L; a dense layer more in each; no tricks; a test of what the codes mean on a
 tenth of the pictures, not trained on: by labels (cluster_error), by the factors of `digits`; both in factors.png.
-Where this differs from the paper (its values in brackets): Q learns categories from fakes slanted, scaled and shifted
-at random, so that none is a slant or size (--augment 0: off); numbers and G's reward are of plain fakes. z is 16 normal
-numbers (62); L weighs 1, for numbers 0.3 (1, or less); D's rate is 5e-4 (2e-4); widths 16, 32, 512 (64, 128, 1024);
-batches 64 (128); LeakyReLU 0.2 (0.1). Q takes numbers' variance as 1 (learned). Samples and test: averaged weights."""
+Where this differs from the paper (its values in brackets): Q learns categories from fakes distorted at random, so that
+none is a slant or size (--augment 0: off), but numbers, and G its reward, from plain ones. z is 16 normal numbers (62),
+with c the same in both steps; L weighs 1, numbers' 0.3 (1 or less); D's rate 5e-4 (2e-4); batch 64 (128); widths 16,
+32, 512 (64, 128, 1024); LeakyReLU 0.2 (0.1); PyTorch's first weights; Q's variance 1 (learned); averages (--ema)."""
 import argparse
 import json
 import math
@@ -181,7 +181,7 @@ def open_run(args, argv):
         return args, None
     try:
         run = {} if ZipFile(path).testzip() else torch.load(path, map_location="cpu", weights_only=True)  # {}: damaged
-        flags = run["args"] | {"out": args.out, "max_steps": None}
+        flags = run["args"] | {"out": args.out, "overwrite": False} | ({"max_steps": None} if args.epochs else {})
         args = parse_args(argv, argparse.Namespace(**flags))  # argv again: it wins over flags
         for name, network in zip("GD", build(argparse.Namespace(**flags)), strict=True):
             network.load_state_dict(run[name])  # only to see if they fit

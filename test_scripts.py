@@ -123,7 +123,7 @@ def plots_and_gifs_are_drawn_only_where_they_are_looked_at(request, monkeypatch)
 def digits(tmp_path_factory):
     """A --data-dir with 3,000 of the built-in digits, where a run would look for its 60,000."""
     folder = tmp_path_factory.mktemp("data")
-    common.save_atomically(folder / "digits" / "digits-1.pt", common.render_digits(3000, seed=0)._asdict())
+    common.save_atomically(folder / "digits" / "digits-2.pt", common.render_digits(3000, seed=0)._asdict())
     return str(folder)
 
 
@@ -341,6 +341,16 @@ def test_a_run_that_was_moved_is_resumed_where_it_is(script, pictures):
     assert checkpoint(f"runs/{script.__name__}-digits")["step"] == 6
 
 
+def test_resume_goes_on_to_the_same_last_step_or_to_the_epochs_named_now(script, pictures, capsys):
+    run_on_pictures(script, pictures, "r", "--max-steps", 2, "--overwrite")
+    assert script.main(["--out", "r", "--resume"]) == 0
+    assert checkpoint("r")["step"] == 2
+    capsys.readouterr()
+    assert "overwrite" in refusal(capsys, script.main(["--out", "r", "--resume", "--overwrite"]), [2])
+    assert script.main(["--out", "r", "--resume", "--epochs", "2"]) == 0
+    assert checkpoint("r")["step"] == 6
+
+
 @pytest.mark.parametrize("flags", [[], ["--epochs", "1"]], ids=["the same epochs", "fewer"])
 def test_resume_of_a_finished_run_changes_nothing(script, pictures, capsys, flags):
     run_on_pictures(script, pictures, "r", "--epochs", 2)
@@ -542,13 +552,14 @@ def test_a_checkpoint_alone_can_be_resumed(script, pictures, epochs):
     assert len(list(Path("alone/samples").iterdir())) == epochs
 
 
-def test_runs_below_the_pictures_are_no_pictures_and_links_are_followed(tmp_path, monkeypatch):
+def test_runs_and_hidden_files_below_the_pictures_are_no_pictures_and_links_are_followed(tmp_path, monkeypatch):
     pixels = np.zeros((4, 4, 3), np.uint8)
-    for folder in ("a", "run/samples", "elsewhere"):
+    tmp_path /= ".of a hidden folder"  # above the data: that is the user's own affair
+    for folder in ("a", "run/samples", "elsewhere", "data/.thumbnails"):
         (tmp_path / folder).mkdir(parents=True)
         Image.fromarray(pixels).save(tmp_path / folder / "0.png")
+    (tmp_path / "a" / "._0.png").write_bytes(b"what a Mac adds to an archive")
     (tmp_path / "run" / "args.json").write_text("{}")
-    (tmp_path / "data").mkdir()
     (tmp_path / "data" / "link").symlink_to(tmp_path / "elsewhere")
     for folder in ("a", "run"):
         (tmp_path / folder).rename(tmp_path / "data" / folder)
@@ -633,6 +644,12 @@ def test_a_history_skips_pictures_that_are_not_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "save_gif", lambda path, frames, duration: found.extend(frames))
     common.save_history(tmp_path, 3)
     assert [frame.max() for frame in found] == [0] + [1] * 11
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "samples").rename(tmp_path / "~")  # a folder of this name, as in --out=~
+    (tmp_path / "~" / "samples").mkdir()
+    (tmp_path / "~" / "000000.png").rename(tmp_path / "~" / "samples" / "000000.png")
+    common.save_history(Path("~"), 3)
+    assert len(found) == 12 + 11
 
 
 @pytest.mark.parametrize("classes", [[0, 99], [99]])
@@ -643,9 +660,10 @@ def test_a_class_that_is_not_there_is_named(digits, classes):
 
 @pytest.mark.parametrize("kind", ["linear", "slerp", "rotation"])
 @draws_frames
-def test_a_path_through_z_of_one_number_is_finite(kind):
-    path = dcgan.noise_path(common.fixed_noise(4 * 32, 1, 0).view(4, 32, 1), kind)
-    assert path.isfinite().all()
+@pytest.mark.parametrize("latent_dim", [1, 2])
+def test_a_path_through_z_of_few_numbers_stays_near_them(kind, latent_dim):
+    z = common.fixed_noise(4 * 32, latent_dim, 0).view(4, 32, latent_dim)  # some are nearly opposite
+    assert dcgan.noise_path(z, kind).norm(dim=2).max() < 2.5 * z.norm(dim=2).max()
 
 
 @pytest.mark.parametrize("script", [dcgan, wgan_gp])
@@ -1027,7 +1045,7 @@ def test_mlp_gan_keeps_the_gradient_of_the_last_layer_of_each_epoch(pictures, mo
 
     monkeypatch.setattr(torch.optim.Adam, "step", spy)
     run_on_pictures(mlp_gan, pictures, "r", "--epochs", 14, "--max-steps", 4)  # an epoch and a third
-    mlp_gan.main(["--out", "r", "--resume"])
+    mlp_gan.main(["--out", "r", "--resume", "--epochs", "14"])
     gradients = checkpoint("r")["gradients"]
     assert gradients.shape == (14, 4)
     for epoch in range(14):  # D's step is the first of two, 3 steps an epoch
@@ -2548,6 +2566,10 @@ def test_pokemon_reads_regular_sprites_on_the_background(tmp_path, capsys):
     assert black.nonzero().tolist() == [[32, 32]]  # pixel by pixel, without a blur
     assert (images[0][:, ~black] == torch.tensor([[0], [255], [0]])).all()
     (path,) = tmp_path.glob("*.zip")
+    whole = bytearray(path.read_bytes())
+    whole[90] ^= 255  # within the first sprite
+    path.write_bytes(whole)
+    assert f"{path} is damaged: delete" in refusal(capsys, run(dcgan, "--dataset", "pokemon", "--data-dir", tmp_path))
     path.write_bytes(path.read_bytes()[:100])
     assert "pokesprite" in refusal(capsys, run(dcgan, "--dataset", "pokemon", "--data-dir", tmp_path), [1])
     zipfile.ZipFile(path, "w").close()  # without sprites
@@ -2934,16 +2956,16 @@ def test_score_says_what_it_cannot_score(few_digits, capsys):
 
 
 def test_score_of_a_folder_does_not_read_its_own_pictures_and_makes_colours_grey(few_digits):
-    Path("p").mkdir()
+    Path("all/p").mkdir(parents=True)
     rng = np.random.default_rng(0)
     for i in (*range(20), "score", "nearest"):
-        Image.fromarray(rng.integers(0, 256, (28, 28, 3), np.uint8)).save(f"p/{i}.png")
-    assert score.main(["p", "--dataset", "digits"]) == 0
-    first = scores("p")
+        Image.fromarray(rng.integers(0, 256, (28, 28, 3), np.uint8)).save(f"all/p/{i}.png")
+    assert score.main(["all/p", "--dataset", "digits"]) == 0
+    first = scores("all/p")
     assert Path("p-nearest.png").exists()
-    assert score.main(["p", "--dataset", "digits"]) == 0
-    assert scores("p") == first
-    assert len(list(Path("p").glob("*.png"))) == 22  # no picture of the user's was taken away
+    assert score.main(["all/p", "--dataset", "digits"]) == 0
+    assert scores("all/p") == first
+    assert len(list(Path("all").rglob("*.png"))) == 22  # none was taken away, none put where pictures are
 
 
 def test_score_shows_the_nearest_training_images_first(few_digits, rendered):

@@ -7,11 +7,11 @@
     python bench/score.py some/folder/of/pngs --dataset mnist  # pictures from anywhere
     python bench/score.py --sanity --dataset mnist             # real images, blurred ones and noise: ./score.csv
 Writes score.csv, of a run score.png, and nearest.png (16 samples, each before the three training images with the
-nearest features; beside a folder of pictures: FOLDER-nearest.png).
+nearest features; of a folder of pictures: FOLDER-nearest.png, in the working directory).
 Features are the last hidden layer of a small classifier of the data set, trained once on its labels, seeded, kept in
 --data-dir: fd is no FID. All is measured against test images, which neither G nor the classifier has seen; without
 labels, by --features inception, against half of the images that G has seen.
-    fd, fd_floor       Frechet distance (Heusel et al. 2017, 1706.08500); that of as many training images, or of all
+    fd, fd_floor       Frechet distance (Heusel et al. 2017, 1706.08500); of as many training images: one draw of many
     kid, kid_se        unbiased squared MMD (Binkowski et al. 2018, 1801.01401), kernel (x.y / u + 1)^3, where u is the
                        mean x.x of real images, in place of the number of features; and its standard error
     precision, recall  share of samples as near to a real image as its 3rd neighbour is; the reverse (2019, 1904.06991),
@@ -209,7 +209,7 @@ def score_folder(folder, args):
         images = draw(folder / "checkpoint.pt", n) if flags else (pictures, "pictures")
         images, fake = score(*images, real, rows, folder)
         nearest = real.train[torch.cdist(fake[:16], real.seen).topk(3, largest=False).indices]
-        path = folder / "nearest.png" if flags else Path(f"{folder.resolve()}-nearest.png")  # no sample the next time
+        path = folder / "nearest.png" if flags else Path(f"{folder.resolve().name}-nearest.png")  # not among pictures
         save_png(path, grid(torch.cat([images[:16, None], nearest], 1).flatten(0, 1)))
         if args.snapshots:
             print(f"best: epoch {min(rows, key=lambda row: row[1])[0]}")
