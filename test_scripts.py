@@ -2940,6 +2940,7 @@ def test_score_without_labels_asks_for_inception_and_says_where_its_weights_are_
 def test_score_says_what_it_cannot_score(few_digits, capsys):
     assert "name runs" in refusal(capsys, score.main([]), [2])
     assert "--dataset" in refusal(capsys, score.main(["empty"]), [2])
+    assert "nosuch holds no run" in refusal(capsys, score.main(["nosuch", "--dataset", "digits"]), [2])
     run(mlp_gan, "--max-steps", 1, "--out", "r")
     capsys.readouterr()
     for flag in ("--watch", "--snapshots"):
