@@ -16,8 +16,8 @@ of z, in interpolation.gif; tricks: hinge loss, R1, spectral norm, flipped label
 Where this differs from the paper: Adam at 5e-4 with betas (0, 0.99), better after 20 epochs than 2e-4 and (0.5, 0.999);
 z is normal, not uniform, and the same in both steps; batch 64, not 128; kernels 4x4; samples from an average of G's
 weights, whose batch norm has statistics of its own (--ema 0: G's weights); as deep and wide as a laptop can (theirs:
-1024, 512, 256, 128 channels from 4x4 up). Images under 64x64, halved one to three times, get two convolutions a time
-(--depth 1: the paper's)."""
+1024, 512, 256, 128 channels from 4x4 up). Images under 64x64, halved one to three times, get two convolutions
+each time (--depth 1: the paper's)."""
 import argparse
 import json
 import math
@@ -122,7 +122,7 @@ def noise_path(z, kind, frames=12):
     a, b, u = z[:, None], z.roll(-1, 0)[:, None], torch.arange(frames).view(-1, 1, 1) / frames
     if kind == "linear":
         return (a + u * (b - a)).flatten(0, 1)
-    cosine = torch.cosine_similarity(a, b, dim=-1)[..., None].clamp(-0.9, 0.999)  # opposite z: a path far from all z
+    cosine = torch.cosine_similarity(a, b, dim=-1)[..., None].clamp(-0.9, 0.999)  # else opposite z lead far off
     angle = cosine.acos() if kind == "slerp" else torch.tensor(math.pi / 2)
     return ((((1 - u) * angle).sin() * a + (u * angle).sin() * b) / angle.sin()).flatten(0, 1)
 

@@ -12,9 +12,9 @@ Ten categories, guessed perfectly, give L = ln 10 = 2.303 nats, a number (varian
 What changes from dcgan.py: codes, Q, L; a dense layer more in each; no tricks; a test of what the codes mean on a
 tenth of the pictures, not trained on: by labels (cluster_error), by the factors of `digits`; both in factors.png.
 Where this differs from the paper (its values in brackets): Q learns categories from fakes distorted at random, so that
-none is a slant or size (--augment 0: off), but numbers, and G its reward, from plain ones. z is 16 normal numbers (62),
+none is a slant or size (--augment 0: off), but numbers, as G its reward, from plain ones. z is 16 normal numbers (62),
 with c the same in both steps; L weighs 1, numbers' 0.3 (1 or less); D's rate 5e-4 (2e-4); batch 64 (128); widths 16,
-32, 512 (64, 128, 1024); LeakyReLU 0.2 (0.1); PyTorch's first weights; Q's variance 1 (learned); averages (--ema)."""
+32, 512 (64, 128, 1024); LeakyReLU 0.2 (0.1); PyTorch's first weights; Q's variance 1 (learned); averaged weights."""
 import argparse
 import json
 import math

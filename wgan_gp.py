@@ -14,7 +14,7 @@ be too simple. spectral (1802.05957): the weights of each layer, as a matrix, ov
 times as fast; convolutions may still be steeper than 1. With both W has an unknown scale: compare it within a run.
     python wgan_gp.py                           # the built-in digits, no download
     python wgan_gp.py --dataset mnist --epochs 20
-    python wgan_gp.py --dataset mnist --epochs 20 --lr-g 1e-4 --lr-d 1e-4 --batch-size 64 --out runs/adam
+    python wgan_gp.py --dataset mnist --epochs 20 --lr-g 1e-4 --lr-d 1e-4 --batch-size 64 --out runs/wgan-adam
 The last has their rates and batch, and half as many steps: FD 51, not 3 (bench/score.py).
 What changes from dcgan.py: no probabilities, tricks or batch norm in D, five D steps a G step, residual networks, W in
 the log, over training pictures and others: a W much lower over the others shows that D knows the first by heart.
