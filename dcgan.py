@@ -9,7 +9,7 @@ DCGAN made this work with convolutions: strides in place of pooling, batch norm 
     python dcgan.py --dataset mnist --epochs 20
     python dcgan.py --dataset mnist --epochs 20 --lr-g 2e-4 --lr-d 2e-4 --betas 0.5 0.999 --out runs/adam  # the paper's
 The strongest recipe found here: twice the width, R1 instead of batch norm in D, larger steps that fade:
-    python dcgan.py --dataset mnist --epochs 10 --hidden-channels 32 64 --d-norm none --r1 0.5 \
+    python dcgan.py --dataset mnist --epochs 10 --hidden-channels 32 64 --d-norm none --r1 0.5 --r1-every 16 \
         --lr-g 1e-3 --lr-d 1e-3 --betas 0 0.99 --init default --lr-schedule cosine --out runs/strong
 What changes from mlp_gan.py: the networks, their first weights; no minimax, no gradients.png; walks through the space
 of z, in interpolation.gif; tricks: hinge loss, R1, spectral norm, flipped labels, instance noise, diffaugment.
@@ -177,6 +177,7 @@ def parse_args(argv=None, known=None):
     adam("--g-steps", type=count, default=1, help="G updates a step (%(default)s)")
     trick("--loss", choices=["bce", "hinge"], default="bce", help="hinge: Geometric GAN, 1705.02894 (%(default)s)")
     trick("--r1", type=amount, default=0, help="this / 2 * |grad of D's logit at x|^2: 1801.04406; --d-norm none (off)")
+    trick("--r1-every", type=count, default=1, help="steps between penalties, each times as strong: 1912.04958 (1)")
     trick("--label-smoothing", type=share, default=0, help="D's target for real is 1 - this: 1606.03498 (off)")
     trick("--flip-labels", type=share, default=0, help="share of D's labels that are made wrong on purpose (off)")
     trick("--instance-noise", type=amount, default=0, help="noise on all that D sees, falling to 0: 1610.04490 (off)")
@@ -200,7 +201,7 @@ def open_run(args, argv):
     """args and None for a new run; else the flags and the checkpoint of the run in args.out. Raises Misuse or Fault."""
     path = Path(args.out) / "checkpoint.pt"
     if not (args.resume or args.sample):
-        if (path.exists() or path.with_name("args.json").exists()) and not args.overwrite:
+        if (path.exists() or (path.parent / "samples/000000.png").exists()) and not args.overwrite:
             raise Misuse(f"{args.out} holds a run: --resume continues it, --overwrite replaces it, --out avoids it.")
         return args, None
     try:
@@ -275,7 +276,7 @@ def train(args, run):
             part.load_state_dict(run[name])
         step, z_fixed, log = run["step"], run["z_fixed"].to(device), run["log"]
         torch.set_rng_state(run["rng"])
-    elif (out / "args.json").exists():  # --overwrite: what would be left of the run that is replaced
+    elif (out / "samples/000000.png").exists():  # --overwrite: what would be left of the run that is replaced
         for name in ("checkpoint.pt", "generated.png", "interpolation.gif", "samples/[0-9]*.png", "generat*/*[0-9].p*"):
             list(map(Path.unlink, sorted(out.glob(name))))
     save_png(out / "real.png", grid(images[:: max(1, len(images) // 64)][:64].cpu()))
@@ -297,15 +298,16 @@ def train(args, run):
             opt_g.param_groups[0]["lr"], opt_d.param_groups[0]["lr"] = args.lr_g * fade, args.lr_d * fade
             # (1) D step: maximise log D(x) + log(1 - D(G(z)))
             D.requires_grad_(True)
+            r1 = 0 if (step - 1) % args.r1_every else args.r1 * args.r1_every
             for index in epoch_order(len(images), batch_size * args.d_steps, args.seed, epoch)[i].split(batch_size):
-                x_real = to_batch(images, index, device).requires_grad_(args.r1 > 0)  # (B, C, H, W) in [-1, 1]
+                x_real = to_batch(images, index, device).requires_grad_(r1 > 0)  # (B, C, H, W) in [-1, 1]
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     x_fake = G(torch.randn(batch_size, args.latent_dim, device=device))  # kept for (2)
                     logits_real, logits_fake = D_seen(x_real), D_seen(x_fake.detach())  # no way to G
                 sign = torch.where(torch.rand(2, batch_size, device=device) < args.flip_labels, -1, 1)  # -1: wrong
                 seen_real, seen_fake = sign[0] * logits_real, sign[1] * logits_fake  # -l: logit of the other label
                 loss_d = discriminator_loss(seen_real, seen_fake, args.loss, args.label_smoothing)
-                penalty = args.r1 / 2 * r1_penalty(logits_real, x_real) if args.r1 else 0  # not in the log's loss_d
+                penalty = r1 / 2 * r1_penalty(logits_real, x_real) if r1 else 0  # not in the log's loss_d
                 opt_d.zero_grad()
                 (loss_d + penalty).backward()
                 if logging or args.clip_grad_norm:  # up to inf: only measured

@@ -379,6 +379,16 @@ def test_a_run_never_writes_over_another(script, pictures, capsys):
     assert [path.stem for path in sorted(Path("r/samples").iterdir())] == ["000000", "000001", "000002", "000003"]
 
 
+def test_grids_of_a_run_whose_files_were_deleted_do_not_mix_with_new_ones(script, pictures, copy_one_step, capsys):
+    copy_one_step(script)
+    for path in [path for path in Path("r").iterdir() if path.is_file()]:  # as rm r/* does
+        path.unlink()
+    Path("r/samples/000007.png").write_bytes(b"old")
+    assert "holds a run" in refusal(capsys, run_on_pictures(script, pictures, "r", "--max-steps", 1), [2])
+    assert run_on_pictures(script, pictures, "r", "--max-steps", 1, "--overwrite") == 0
+    assert [path.stem for path in sorted(Path("r/samples").iterdir())] == ["000000", "000001"]
+
+
 @pytest.mark.parametrize("flags", [[], ["--overwrite"]])
 def test_nothing_that_is_not_of_a_run_is_deleted(script, pictures, flags):
     Path("r/samples").mkdir(parents=True)
@@ -1441,9 +1451,14 @@ def test_r1_and_label_smoothing_and_loss_reach_the_step(pictures, monkeypatch):
     monkeypatch.setattr(dcgan, "r1_penalty", lambda logits, x: weights.append(x.shape) or logits.sum() * 0 + 1)
     run_on_pictures(dcgan, pictures, "b", "--max-steps", 1, "--r1", 5)
     assert weights == [(8, 3, 8, 8)]
+    for every, steps in (1, 7), (3, 3), (6, 2), (8, 1):  # at the first step, and so many later
+        weights.clear()
+        run_on_pictures(dcgan, pictures, f"c{every}", "--max-steps", 7, "--epochs", 3, "--r1", 5, "--r1-every", every)
+        assert len(weights) == steps
 
 
-def test_r1_has_half_its_weight_in_the_d_step(pictures, monkeypatch):
+@pytest.mark.parametrize("every", [1, 4])
+def test_r1_has_half_its_weight_in_the_d_step_times_the_steps_that_it_stands_for(pictures, monkeypatch, every):
     found, slopes, built, step, build = [], [], [], torch.optim.Adam.step, dcgan.build
 
     def spy_step(self):
@@ -1459,11 +1474,11 @@ def test_r1_has_half_its_weight_in_the_d_step(pictures, monkeypatch):
     monkeypatch.setattr(dcgan, "build", lambda args: built.append(build(args)) or built[-1])
     monkeypatch.setattr(dcgan, "r1_penalty", penalty)
     for weight in (0, 3):
-        flags = ["--r1", weight, "--precision", "fp32", "--init", "default", "--max-steps", 1]
+        flags = ["--r1", weight, "--r1-every", every, "--precision", "fp32", "--init", "default", "--max-steps", 1]
         run_on_pictures(dcgan, pictures, f"r{weight}", *flags)
     (without, _, with_it, _), (slope,) = found, slopes  # D, G; D, G
     assert slope.abs().max() > 0.1
-    assert torch.allclose(with_it - without, 1.5 * slope, atol=1e-4)
+    assert torch.allclose(with_it - without, 1.5 * every * slope, atol=1e-4)
 
 
 def test_r1_flattens_d_at_real_pictures(pictures):
@@ -3096,6 +3111,11 @@ def test_the_plain_loop_has_the_penalties_of_the_script():
             x = x_real.clone().requires_grad_()
             logits = D(x)
             expected = dcgan.discriminator_loss(logits, D(x_fake)) + 1.5 * dcgan.r1_penalty(logits, x)
+            args.r1_every = 3
+            loss_d, _ = speed.losses(script, args)
+            thrice, *rest = (sum(loss_d(D, x_real.clone(), x_fake)).item() for _ in range(3))
+            assert rest == [dcgan.discriminator_loss(logits, D(x_fake)).item()] * 2
+            assert thrice - rest[0] == pytest.approx(3 * (found - rest[0]), rel=1e-4)
         assert found == pytest.approx(expected.item(), rel=1e-5)
 
 

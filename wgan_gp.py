@@ -193,7 +193,7 @@ def open_run(args, argv):
     """args and None for a new run; else the flags and the checkpoint of the run in args.out. Raises Misuse or Fault."""
     path = Path(args.out) / "checkpoint.pt"
     if not (args.resume or args.sample):
-        if (path.exists() or path.with_name("args.json").exists()) and not args.overwrite:
+        if (path.exists() or (path.parent / "samples/000000.png").exists()) and not args.overwrite:
             raise Misuse(f"{args.out} holds a run: --resume continues it, --overwrite replaces it, --out avoids it.")
         return args, None
     try:
@@ -272,7 +272,7 @@ def train(args, run):
             part.load_state_dict(run[name])
         step, z_fixed, log = run["step"], run["z_fixed"].to(device), run["log"]
         torch.set_rng_state(run["rng"])
-    elif (out / "args.json").exists():  # --overwrite: what would be left of the run that is replaced
+    elif (out / "samples/000000.png").exists():  # --overwrite: what would be left of the run that is replaced
         for name in ("checkpoint.pt", "generated.png", "samples/[0-9]*.png", "generat*/*[0-9].p*"):
             list(map(Path.unlink, sorted(out.glob(name))))
     save_png(out / "real.png", grid(images[:: max(1, len(images) // 64)][:64].cpu()))
