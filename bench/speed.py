@@ -46,7 +46,7 @@ ROWS = {  # the script, its flags, steps a round
     "dcgan": ("dcgan", "", 60),
     "dcgan, one convolution, 64 128": ("dcgan", "--depth 1 --hidden-channels 64 128", 30),
     "dcgan, nearest, 32x32": ("dcgan", "--img-size 32 --depth 1 --upsample nearest --hidden-channels 64 128", 20),
-    "dcgan, strongest": ("dcgan", "--hidden-channels 32 64 --d-norm none --init default --r1 0.5 --r1-every 16", 32),
+    "dcgan, strongest": ("dcgan", "--hidden-channels 32 64 --d-norm none --init default --r1 0.5 --r1-every 4", 20),
     "the same, R1 each step": ("dcgan", "--hidden-channels 32 64 --d-norm none --init default --r1 0.5", 20),
     "wgan_gp": ("wgan_gp", "", 20),
     "wgan_gp, one convolution, 64 128, batch 64": ("wgan_gp", "--depth 1 --hidden-channels 64 128 --batch-size 64", 8),
