@@ -3114,7 +3114,7 @@ def test_the_plain_loop_has_the_penalties_of_the_script():
             args.r1_every = 3
             loss_d, _ = speed.losses(script, args)
             thrice, *rest = (sum(loss_d(D, x_real.clone(), x_fake)).item() for _ in range(3))
-            assert rest == [dcgan.discriminator_loss(logits, D(x_fake)).item()] * 2
+            assert rest == pytest.approx([dcgan.discriminator_loss(logits, D(x_fake)).item()] * 2, rel=1e-5)
             assert thrice - rest[0] == pytest.approx(3 * (found - rest[0]), rel=1e-4)
         assert found == pytest.approx(expected.item(), rel=1e-5)
 
