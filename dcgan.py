@@ -8,7 +8,7 @@ DCGAN made this work with convolutions: strides in place of pooling, batch norm 
     python dcgan.py                             # the built-in digits, no download
     python dcgan.py --dataset mnist --epochs 20
     python dcgan.py --dataset mnist --epochs 20 --lr-g 2e-4 --lr-d 2e-4 --betas 0.5 0.999 --out runs/adam  # the paper's
-The strongest recipe found here: twice the width, R1 instead of batch norm in D, larger steps that fade:
+The strongest recipe found here: wider, no transposed convolutions, R1 instead of D's batch norm, rates that fade:
     python dcgan.py --dataset mnist --epochs 10 --hidden-channels 32 64 --upsample nearest --d-norm none --r1 0.5 \
         --r1-every 4 --lr-g 1e-3 --lr-d 1e-3 --init default --lr-schedule cosine --out runs/strong
 What changes from mlp_gan.py: the networks, their first weights; no minimax, no gradients.png; walks through the space
@@ -177,7 +177,7 @@ def parse_args(argv=None, known=None):
     adam("--g-steps", type=count, default=1, help="G updates a step (%(default)s)")
     trick("--loss", choices=["bce", "hinge"], default="bce", help="hinge: Geometric GAN, 1705.02894 (%(default)s)")
     trick("--r1", type=amount, default=0, help="this / 2 * |grad of D's logit at x|^2: 1801.04406; --d-norm none (off)")
-    trick("--r1-every", type=count, default=1, help="R1 once in so many steps, so many times as strong: 1912.04958 (1)")
+    trick("--r1-every", type=count, default=1, metavar="N", help="--r1 in one of N steps, but N-fold: 1912.04958 (1)")
     trick("--label-smoothing", type=share, default=0, help="D's target for real is 1 - this: 1606.03498 (off)")
     trick("--flip-labels", type=share, default=0, help="share of D's labels that are made wrong on purpose (off)")
     trick("--instance-noise", type=amount, default=0, help="noise on all that D sees, falling to 0: 1610.04490 (off)")
@@ -298,7 +298,7 @@ def train(args, run):
             opt_g.param_groups[0]["lr"], opt_d.param_groups[0]["lr"] = args.lr_g * fade, args.lr_d * fade
             # (1) D step: maximise log D(x) + log(1 - D(G(z)))
             D.requires_grad_(True)
-            r1 = 0 if (step - 1) % args.r1_every else args.r1 * args.r1_every  # seldom, but as much in all
+            r1 = 0 if (step - 1) % args.r1_every else args.r1 * args.r1_every  # seldom, but stronger
             for index in epoch_order(len(images), batch_size * args.d_steps, args.seed, epoch)[i].split(batch_size):
                 x_real = to_batch(images, index, device).requires_grad_(r1 > 0)  # (B, C, H, W) in [-1, 1]
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):

@@ -1455,6 +1455,10 @@ def test_r1_and_label_smoothing_and_loss_reach_the_step(pictures, monkeypatch):
         weights.clear()
         run_on_pictures(dcgan, pictures, f"c{every}", "--max-steps", 7, "--epochs", 3, "--r1", 5, "--r1-every", every)
         assert len(weights) == steps
+    weights.clear()
+    flags = ["--d-steps", 2, "--max-steps", 7, "--epochs", 7, "--r1", 5, "--r1-every", 3]
+    run_on_pictures(dcgan, pictures, "d", *flags)
+    assert len(weights) == 6  # in both updates of D, in three steps
 
 
 @pytest.mark.parametrize("every", [1, 4])
