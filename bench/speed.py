@@ -41,7 +41,7 @@ from torchvision.transforms import Compose, Normalize, ToTensor
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import Data  # noqa: E402
 
-ROWS = {  # the script, its flags, steps a round
+ROWS = {  # the script, its flags, steps a round: a multiple of --r1-every
     "mlp_gan": ("mlp_gan", "", 150),
     "dcgan": ("dcgan", "", 60),
     "dcgan, one convolution, 64 128": ("dcgan", "--depth 1 --hidden-channels 64 128", 30),
