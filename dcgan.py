@@ -17,7 +17,7 @@ Where this differs from the paper: Adam at 5e-4 with betas (0, 0.99), better aft
 z is normal, not uniform, and the same in both steps; batch 64, not 128; kernels 4x4; samples from an average of G's
 weights, whose batch norm has statistics of its own (--ema 0: G's weights); as deep and wide as a laptop can (theirs:
 1024, 512, 256, 128 channels from 4x4 up). Images under 64x64, halved one to three times, get two convolutions
-each time (--depth 1: the paper's). --r1-every leaves Adam's rates as they are (1912.04958 lowers them a little)."""
+each time (--depth 1: the paper's). --r1-every leaves Adam's rates as they are (1912.04958 rescales them)."""
 import argparse
 import json
 import math
