@@ -31,12 +31,19 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import nn
-from torch.nn.functional import relu, softplus
+from torch.nn.functional import avg_pool2d, conv_transpose2d, relu, softplus
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torchvision.ops import Permute
 from common import DATASETS, Fault, Misuse, epoch_order, fixed_noise, grid, load_data, sample, save_atomically
 from common import save_gif, save_history, save_pictures, save_png, to_batch
+
+class UpsampleConv2d(nn.Conv2d):
+    """nn.Upsample(scale_factor=2), then this 3x3 convolution, (B, in_channels, H, W) -> (B, out_channels, 2H, 2W).
+    Both are linear, and together one transposed convolution, by sums of 2x2 of the weights: less than half the work."""
+    def forward(self, x):
+        sums = 4 * avg_pool2d(self.weight, 2, 1, 1)  # (out_channels, in_channels, 4, 4)
+        return conv_transpose2d(x, sums.transpose(0, 1).flip(2, 3), None, 2, 1)
 
 class Generator(nn.Sequential):
     """z (B, latent_dim) -> image (B, img_channels, img_size, img_size) in [-1, 1]; shapes below: default arguments.
@@ -55,7 +62,7 @@ class Generator(nn.Sequential):
                 layers += [nn.BatchNorm2d(channels), nn.ReLU(True), nn.Conv2d(channels, channels, 3, 1, 1, bias=False)]
             layers += [nn.BatchNorm2d(channels), nn.ReLU(True)]
             if upsample == "nearest":
-                layers += [nn.Upsample(scale_factor=2), nn.Conv2d(channels, width, 3, 1, 1, bias=False)]
+                layers += [UpsampleConv2d(channels, width, 3, 1, 1, bias=False)]
             else:
                 pad = (kernel_size - 1) // 2, kernel_size % 2  # so that the size doubles
                 layers += [nn.ConvTranspose2d(channels, width, kernel_size, 2, *pad, bias=False)]

@@ -1198,10 +1198,21 @@ def test_kernel_size(kernel_size):
 
 def test_upsample_nearest():
     G = dcgan.Generator(7, 28, 1, [4, 8], upsample="nearest")
-    assert kinds(G).count("Upsample") == 2
+    assert kinds(G).count("UpsampleConv2d") == 2
     assert "ConvTranspose2d" not in kinds(G)
     assert {layer.kernel_size for layer in G if isinstance(layer, nn.Conv2d)} == {(3, 3)}
     assert G(torch.randn(2, 7)).shape == (2, 1, 28, 28)
+
+
+def test_upsampling_and_convolution_are_one_transposed_convolution():
+    fast, conv = dcgan.UpsampleConv2d(3, 2, 3, 1, 1, bias=False).double(), nn.Conv2d(3, 2, 3, 1, 1, bias=False).double()
+    conv.load_state_dict(fast.state_dict())
+    x = torch.randn(4, 3, 5, 6, dtype=torch.double, requires_grad=True)
+    out, expected = fast(x), conv(nn.Upsample(scale_factor=2)(x))
+    torch.testing.assert_close(out, expected)
+    weights = torch.randn_like(out)  # so that no error in the gradients cancels
+    found = torch.autograd.grad((weights * out).sum(), [x, fast.weight])
+    torch.testing.assert_close(found, torch.autograd.grad((weights * expected).sum(), [x, conv.weight]))
 
 
 def test_depth_adds_convolutions_at_each_resolution():
@@ -3096,6 +3107,16 @@ def test_the_steps_that_are_timed(critic_steps):
     assert calls == [("D", True, False)] * critic_steps + [("G", False, True)]  # D's weights are frozen
     assert updated == [D] * critic_steps + [G]
     assert all(p.grad.abs().sum() > 0 for p in [*G.parameters(), *D.parameters()])
+
+
+def test_the_plain_loop_upsamples_and_convolves_in_two_layers(monkeypatch):
+    seen = []
+    monkeypatch.setattr(speed, "plain_step", lambda G, *_: seen.append(G))
+    data = common.Data(torch.zeros(64, 1, 28, 28, dtype=torch.uint8))
+    speed.measure("dcgan", " ".join([*TINY["dcgan"], "--upsample nearest"]), data, steps=1, rounds=1)
+    assert "Conv2d" in kinds(seen[0])
+    assert "UpsampleConv2d" not in kinds(seen[0])
+    assert seen[0](torch.randn(2, next(seen[0].parameters()).shape[1])).shape == (2, 1, 28, 28)
 
 
 def test_the_plain_loop_has_the_penalties_of_the_script():

@@ -7,12 +7,12 @@
 
 First table. The script runs as it is, main() and all, on random pictures; samples, plots and checkpoints are not made.
 The time of a step is that from one G loss to the next, after a few. The plain loop has the same networks, losses and
-size of batch, written as tutorials write it: contiguous float32, a backward pass for each of D's losses, D's weight
-gradients in the G step, G's graph in the D step, Adam as it is by default, .item() on each loss, pictures from a
-DataLoader with ToTensor and Normalize; or, in a column of its own, a batch that lies ready. The bound is forward and
-backward passes alone, in the script's layout and precision, on fixed z and x: no optimiser, noise or logging. Adam is
-what the same takes longer with the optimisers' steps, which wait for memory; time over the bound is the rest. All of a
-row are timed in turn in one process; ratios are taken round by round, and shown as their median and range.
+size of batch, written as tutorials write it: contiguous float32, nn.Upsample before a convolution, a backward pass for
+each of D's losses, D's weight gradients in the G step, G's graph in the D step, Adam as it is by default, .item() on
+each loss, pictures from a DataLoader with ToTensor and Normalize; or, in a column of its own, a batch that lies ready.
+The bound is the forward and backward passes of the script's networks alone, in its layout and precision, on fixed z and
+x: no optimiser, noise or logging. Adam is what the same takes longer with the optimisers' steps, which wait for memory;
+time over the bound is the rest. All of a row are timed in turn in one process, the ratios taken round by round.
 
 Second table. dcgan.py on N pictures of 28x28, resident and in a memory-mapped file that has just been written, and lies
 in memory if there is room: the time of a step, all in turn in one process; the peak memory, in a process each (Linux).
@@ -23,17 +23,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
 from itertools import cycle
 from pathlib import Path
-from statistics import median
 from unittest.mock import Mock, patch
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.utils.data import DataLoader
 from torchvision.ops import Permute
 from torchvision.transforms import Compose, Normalize, ToTensor
@@ -73,7 +70,7 @@ def run_script(script, flags, data, steps):
 def losses(script, args):
     """The losses of a script as functions of D and pictures: of D, a list to be summed; of G."""
     def label(logits, value):
-        return binary_cross_entropy_with_logits(logits, torch.full_like(logits, value))
+        return nn.functional.binary_cross_entropy_with_logits(logits, torch.full_like(logits, value))
     turns = cycle([getattr(args, "r1_every", 1)] + [0] * (getattr(args, "r1_every", 1) - 1))  # how strong R1 is
     def real_fake(D, real, fake):
         r1 = getattr(args, "r1", 0) * next(turns)
@@ -126,7 +123,7 @@ def bound_step(G, D, x, z, loss_d, loss_g, critic_steps, cast, update):
     G.zero_grad(), D.requires_grad_(True)
     for _ in range(critic_steps):
         D.zero_grad()
-        with cast(), torch.no_grad() if critic_steps > 1 else nullcontext():
+        with cast(), torch.set_grad_enabled(critic_steps == 1):
             fake = G(z)
         with cast():
             loss = sum(loss_d(D, x.detach(), fake.detach()))
@@ -166,6 +163,9 @@ def measure(name, flags, data, steps, rounds):
                         layer.register_forward_hook(lambda _, inputs, output: output.contiguous())
                     if isinstance(layer, nn.LeakyReLU):  # wgan_gp.py has its own
                         layer.__class__ = nn.LeakyReLU
+                    if isinstance(layer, getattr(script, "UpsampleConv2d", ())):  # dcgan.py's own
+                        layer.__class__ = nn.Conv2d
+                        layer.register_forward_pre_hook(lambda _, inputs: nn.Upsample(scale_factor=2)(*inputs))
                 adam = [torch.optim.Adam(net.parameters(), 1e-4, (0.5, 0.9)) for net in (G, D)]
                 loader, parts = batches(data.images, batch), (new_z, loss_d, loss_g, critic_steps)
                 plain = seconds(lambda: plain_step(G, D, *adam, lambda: next(loader), *parts), steps)  # noqa: B023
@@ -190,9 +190,9 @@ def table_of_scripts(rounds, shorter):
         data = Data(torch.randint(256, (60_000 // shorter, 1, size, size), dtype=torch.uint8))
         found = measure(name, flags, data, max(1, steps // shorter), rounds)
         for precision, (ratio, ready, over, adam, speed) in found.items():
-            cells = [f"{median(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in (ratio, ready)]
-            cells += [f"{median(over):.0%} ({min(over):.0%} to {max(over):.0%})", f"{median(adam):.0%}"]
-            print(f"| {title} | {precision} | {median(speed):,.0f}", *cells, sep=" | ", end=" |\n", flush=True)
+            cells = [f"{np.median(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in (ratio, ready)]
+            cells += [f"{np.median(over):.0%} ({min(over):.0%} to {max(over):.0%})", f"{np.median(adam):.0%}"]
+            print(f"| {title} | {precision} | {np.median(speed):,.0f}", *cells, sep=" | ", end=" |\n", flush=True)
 
 def load_size(n, kind, folder):
     """A Data of n pictures, resident or in a memory-mapped file in the folder."""
@@ -222,8 +222,8 @@ def table_of_sizes(rounds, shorter):
         ratios = [seconds / first for seconds, (first, *_) in zip(took, found, strict=True)]
         command = [sys.executable, __file__, "--measure", str(n), kind, str(steps)]
         peak = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
-        spread = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        print(f"| {n:,} | {kind} | {1000 * median(took):.2f} | {spread} | {float(peak):,.0f} |", flush=True)
+        spread = f"{np.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        print(f"| {n:,} | {kind} | {1000 * np.median(took):.2f} | {spread} | {float(peak):,.0f} |", flush=True)
 
 def main(argv=None):
     """Print the tables."""
