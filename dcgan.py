@@ -8,7 +8,7 @@ DCGAN made this work with convolutions: strides in place of pooling, batch norm 
     python dcgan.py                             # the built-in digits, no download
     python dcgan.py --dataset mnist --epochs 20
     python dcgan.py --dataset mnist --epochs 20 --lr-g 2e-4 --lr-d 2e-4 --betas 0.5 0.999 --out runs/adam  # the paper's
-The strongest recipe found here: wider, no transposed convolutions, R1 instead of D's batch norm, rates that fade:
+The strongest recipe found here: wider, nearest upsampling, R1 instead of D's batch norm, rates that fade:
     python dcgan.py --dataset mnist --epochs 10 --hidden-channels 32 64 --upsample nearest --d-norm none --r1 0.5 \
         --r1-every 4 --lr-g 1e-3 --lr-d 1e-3 --init default --lr-schedule cosine --out runs/strong
 What changes from mlp_gan.py: the networks, their first weights; no minimax, no gradients.png; walks through the space
@@ -40,7 +40,8 @@ from common import save_gif, save_history, save_pictures, save_png, to_batch
 
 class UpsampleConv2d(nn.Conv2d):
     """nn.Upsample(scale_factor=2), then this 3x3 convolution, (B, in_channels, H, W) -> (B, out_channels, 2H, 2W).
-    Both are linear, and together one transposed convolution, by sums of 2x2 of the weights: less than half the work."""
+    Both are linear, and together one transposed convolution, by sums of 2x2 of the weights: less than half the work.
+    In these sums all places of the output weigh alike, so that there is no checkerboard."""
     def forward(self, x):
         sums = 4 * avg_pool2d(self.weight, 2, 1, 1)  # (out_channels, in_channels, 4, 4)
         return conv_transpose2d(x, sums.transpose(0, 1).flip(2, 3), None, 2, 1)
@@ -382,6 +383,7 @@ def main(argv=None):
         if isinstance(error, RuntimeError) and "memory" not in str(error) and not args.compile:
             raise  # a mistake in the code
         tip = ": try a smaller --batch-size" if isinstance(error, RuntimeError) and "memory" in str(error) else ""
+        tip = ": make room, get write access, or choose another folder" if isinstance(error, OSError) else tip
         print(f"{Path(__file__).name}:", (str(error).split("\n")[0] + tip or repr(error)).ljust(67), file=sys.stderr)
         return 2 if isinstance(error, Misuse) else 1
 

@@ -776,7 +776,7 @@ def test_a_fault_on_a_terminal_covers_the_status_line(script, pictures, capsys, 
     out, said = capsys.readouterr()
     assert out.endswith("\r")
     assert len(said) > len(out.splitlines()[-1].rstrip())  # with its end of line
-    assert said.startswith(f"{script.__name__}.py: [Errno 28]")
+    assert said.startswith(f"{script.__name__}.py: [Errno 28] No space left on device: make room,")
 
 
 def test_a_copy_of_a_script_has_runs_of_its_own(script, pictures, capsys, tmp_path, monkeypatch):
@@ -1213,6 +1213,8 @@ def test_upsampling_and_convolution_are_one_transposed_convolution():
     weights = torch.randn_like(out)  # so that no error in the gradients cancels
     found = torch.autograd.grad((weights * out).sum(), [x, fast.weight])
     torch.testing.assert_close(found, torch.autograd.grad((weights * expected).sum(), [x, conv.weight]))
+    flat = fast(torch.ones(1, 3, 5, 6, dtype=torch.double))[..., 2:-2, 2:-2].flatten(2)
+    torch.testing.assert_close(flat, flat[..., :1].expand_as(flat))  # no checkerboard
 
 
 def test_depth_adds_convolutions_at_each_resolution():
