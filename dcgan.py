@@ -8,16 +8,16 @@ DCGAN made this work with convolutions: strides in place of pooling, batch norm 
     python dcgan.py                             # the built-in digits, no download
     python dcgan.py --dataset mnist --epochs 20
     python dcgan.py --dataset mnist --epochs 20 --lr-g 2e-4 --lr-d 2e-4 --betas 0.5 0.999 --out runs/adam  # the paper's
-The strongest recipe found here: wider, nearest upsampling, R1 instead of D's batch norm, rates that fade:
+The strongest recipe found here: wider, nearest upsampling, R1 instead of D's batch norm, higher rates that fade:
     python dcgan.py --dataset mnist --epochs 10 --hidden-channels 32 64 --upsample nearest --d-norm none --r1 0.5 \
         --r1-every 4 --lr-g 1e-3 --lr-d 1e-3 --init default --lr-schedule cosine --out runs/strong
 What changes from mlp_gan.py: the networks, their first weights; no minimax, no gradients.png; walks through the space
 of z, in interpolation.gif; tricks: hinge loss, R1, spectral norm, flipped labels, instance noise, diffaugment.
 Where this differs from the paper: Adam at 5e-4 with betas (0, 0.99), better after 20 epochs than 2e-4 and (0.5, 0.999);
 z is normal, not uniform, and the same in both steps; batch 64, not 128; kernels 4x4; samples from an average of G's
-weights, whose batch norm has statistics of its own (--ema 0: G's weights); as deep and wide as a laptop can (theirs:
-1024, 512, 256, 128 channels from 4x4 up). Images under 64x64, halved one to three times, get two convolutions
-each time (--depth 1: the paper's). --r1-every leaves Adam's rates as they are (1912.04958 rescales them)."""
+weights, whose batch norm has statistics of its own (--ema 0: G's weights); networks for laptops (theirs: 1024, 512,
+256, 128 channels from 4x4 up). Images under 64x64, halved one to three times, have two convolutions at each
+resolution (--depth 1: one, the paper's). --r1-every leaves Adam's rates as they are (1912.04958 rescales them)."""
 import argparse
 import json
 import math
@@ -39,12 +39,13 @@ from common import DATASETS, Fault, Misuse, epoch_order, fixed_noise, grid, load
 from common import save_gif, save_history, save_pictures, save_png, to_batch
 
 class UpsampleConv2d(nn.Conv2d):
-    """nn.Upsample(scale_factor=2), then this 3x3 convolution, (B, in_channels, H, W) -> (B, out_channels, 2H, 2W).
-    Both are linear, and together one transposed convolution, by sums of 2x2 of the weights: less than half the work.
-    In these sums all places of the output weigh alike, so that there is no checkerboard."""
+    """nn.Upsample(scale_factor=2), then this 3x3 convolution: (B, in_channels, H, W) -> (B, out_channels, 2H, 2W).
+    In one dimension y[2i] = w0 x[i-1] + (w1 + w2) x[i] and y[2i+1] = (w0 + w1) x[i] + w2 x[i+1]. So x[i] is spread by
+    the weights w2, w1 + w2, w0 + w1, w0: a transposed convolution, of 4 products, not 6; in two dimensions 16, not 36.
+    Each y has w0 + w1 + w2 in all: what is flat stays flat, without a checkerboard."""
     def forward(self, x):
-        sums = 4 * avg_pool2d(self.weight, 2, 1, 1)  # (out_channels, in_channels, 4, 4)
-        return conv_transpose2d(x, sums.transpose(0, 1).flip(2, 3), None, 2, 1)
+        sums = 4 * avg_pool2d(self.weight, 2, 1, 1)  # (out_channels, in_channels, 4, 4): of each 2x2, outside lies 0
+        return conv_transpose2d(x, sums.transpose(0, 1).flip(2, 3), self.bias, stride=2, padding=1)
 
 class Generator(nn.Sequential):
     """z (B, latent_dim) -> image (B, img_channels, img_size, img_size) in [-1, 1]; shapes below: default arguments.
@@ -75,7 +76,7 @@ class Discriminator(nn.Sequential):
     """image (B, img_channels, img_size, img_size) -> logit l (B,) of D(x) = sigmoid(l): G's mirror image."""
     def __init__(self, img_size=64, img_channels=3, hidden_channels=(128, 256, 512),
                  kernel_size=4, depth=1, norm="batch", dropout=0.0, init="dcgan"):  # fmt: skip
-        layers, channels, bias = [], img_channels, norm != "batch"  # with batch norm no layer has one
+        layers, channels, bias = [], img_channels, norm != "batch"  # no bias with batch norm, not even first and last
         for width in hidden_channels:  # (B, 128, 32, 32), (B, 256, 16, 16), (B, 512, 8, 8)
             convs = [nn.Conv2d(channels, width, kernel_size, 2, (kernel_size - 1) // 2, bias=bias)]
             convs += [nn.Conv2d(width, width, 3, 1, 1, bias=bias) for _ in range(depth - 1)]
@@ -91,7 +92,7 @@ class Discriminator(nn.Sequential):
             self.apply(lambda layer: spectral_norm(layer) if hasattr(layer, "weight") else layer)
 
 def init_weights(module):
-    """Weights with the paper's standard deviation of 0.02, about 0, or about 1 for the scale of batch norm."""
+    """The paper's N(0, 0.02) for weights; N(1, 0.02) for the scales of batch norm. Biases stay as they are."""
     if hasattr(module, "weight"):
         nn.init.normal_(module.weight, 1.0 if isinstance(module, nn.BatchNorm2d) else 0.0, 0.02)
 
@@ -118,8 +119,8 @@ def diffaugment(x):
     x = torch.lerp(x.mean(1, keepdim=True), x, 2 * colour)
     x = torch.lerp(x.mean((1, 2, 3), keepdim=True), x, contrast + 0.5)
     row, column = torch.arange(h, device=x.device).view(h, 1), torch.arange(w, device=x.device)
-    hole = ((row - h * top).abs() < h / 4) & ((column - w * left).abs() < w / 4)  # (B, 1, H, W), half as wide
-    row = (row + ((down - 0.5) * h / 4).round().long()).clamp(0, h - 1).squeeze(1)  # (B, H, 1), from up to 1/8 away
+    hole = ((row - h * top).abs() < h / 4) & ((column - w * left).abs() < w / 4)  # (B, 1, H, W), of half the sides
+    row = (row + ((down - 0.5) * h / 4).round().long()).clamp(0, h - 1).squeeze(1)  # (B, H, 1), shifted by up to 1/8
     column = (column + ((right - 0.5) * w / 4).round().long()).clamp(0, w - 1).squeeze(1)  # (B, 1, W)
     x = x.permute(0, 2, 3, 1)[torch.arange(b, device=x.device).view(b, 1, 1), row, column]  # (B, H, W, C)
     return x.permute(0, 3, 1, 2).masked_fill(hole, 0)
@@ -130,7 +131,7 @@ def noise_path(z, kind, frames=12):
     a, b, u = z[:, None], z.roll(-1, 0)[:, None], torch.arange(frames).view(-1, 1, 1) / frames
     if kind == "linear":
         return (a + u * (b - a)).flatten(0, 1)
-    cosine = torch.cosine_similarity(a, b, dim=-1)[..., None].clamp(-0.9, 0.999)  # else opposite z lead far off
+    cosine = torch.cosine_similarity(a, b, dim=-1)[..., None].clamp(-0.9, 0.999)  # -0.9: opposite z lead far off
     angle = cosine.acos() if kind == "slerp" else torch.tensor(math.pi / 2)
     return ((((1 - u) * angle).sin() * a + (u * angle).sin() * b) / angle.sin()).flatten(0, 1)
 
@@ -306,7 +307,7 @@ def train(args, run):
             opt_g.param_groups[0]["lr"], opt_d.param_groups[0]["lr"] = args.lr_g * fade, args.lr_d * fade
             # (1) D step: maximise log D(x) + log(1 - D(G(z)))
             D.requires_grad_(True)
-            r1 = 0 if (step - 1) % args.r1_every else args.r1 * args.r1_every  # seldom, but stronger
+            r1 = 0 if (step - 1) % args.r1_every else args.r1 * args.r1_every  # N-fold: on average the same
             for index in epoch_order(len(images), batch_size * args.d_steps, args.seed, epoch)[i].split(batch_size):
                 x_real = to_batch(images, index, device).requires_grad_(r1 > 0)  # (B, C, H, W) in [-1, 1]
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -315,7 +316,7 @@ def train(args, run):
                 sign = torch.where(torch.rand(2, batch_size, device=device) < args.flip_labels, -1, 1)  # -1: wrong
                 seen_real, seen_fake = sign[0] * logits_real, sign[1] * logits_fake  # -l: logit of the other label
                 loss_d = discriminator_loss(seen_real, seen_fake, args.loss, args.label_smoothing)
-                penalty = r1 / 2 * r1_penalty(logits_real, x_real) if r1 else 0  # not in the log's loss_d
+                penalty = r1 / 2 * r1_penalty(logits_real, x_real) if r1 else 0  # in grad_norm_d, not in loss_d
                 opt_d.zero_grad()
                 (loss_d + penalty).backward()
                 if logging or args.clip_grad_norm:  # up to inf: only measured
@@ -359,7 +360,7 @@ def train(args, run):
             state = {"args": vars(args), "step": step, "epoch": epoch + epoch_ends}
             if keeping:  # before the checkpoint: a run that is killed between the two makes it again
                 save_atomically(out / f"generators/epoch_{epoch + 1:03d}.pt", state | {"G": G_ema.module.state_dict()})
-            if saving:  # after each epoch; from the 101st on, of those under 100 steps, once in 100 steps
+            if saving:  # after each epoch; from the 101st on, if epochs have under 100 steps, once in 100
                 rest = {k: part.state_dict() for k, part in parts.items()} | {"rng": torch.get_rng_state(), "log": log}
                 save_atomically(out / "checkpoint.pt", state | rest | {"z_fixed": z_fixed})
                 if step % 100 < steps_per_epoch:  # at most once in 100 steps: drawing takes as long as many steps

@@ -383,7 +383,7 @@ def train(args, run):
             state = {"args": vars(args), "step": step, "epoch": epoch + epoch_ends}
             if keeping:  # before the checkpoint: a run that is killed between the two makes it again
                 save_atomically(out / f"generators/epoch_{epoch + 1:03d}.pt", state | {"G": G_ema.module.state_dict()})
-            if saving:  # after each epoch; from the 101st on, of those under 100 steps, once in 100 steps
+            if saving:  # after each epoch; from the 101st on, if epochs have under 100 steps, once in 100
                 rest = {k: part.state_dict() for k, part in parts.items()} | {"rng": torch.get_rng_state(), "log": log}
                 save_atomically(out / "checkpoint.pt", state | rest | {"z_fixed": z_fixed, "cluster_error": error})
                 if step % 100 < steps_per_epoch:  # at most once in 100 steps: drawing takes as long as many steps
