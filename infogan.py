@@ -203,8 +203,7 @@ def measure(D, data, training, held_out, args, device):
     """How often Q's category is wrong about the labels at held_out, which choose the matching too; D is in eval mode.
     Draws factors.png. Without labels, with a label over 15 or more than 16 categories: nan, and nothing is drawn."""
     size, n_codes = args.categorical[0], args.continuous
-    n = max(size, data.labels.max().item() + 1) if data.labels is not None else math.inf
-    if n > 16:  # there are 2^n sets of labels
+    if data.labels is None or (n := max(size, data.labels.max().item() + 1)) > 16:  # there are 2^n sets of labels
         return math.nan
     update_bn([to_batch(data.images, training[:512], device)], D)  # statistics of real pictures, not of fakes
     guesses = torch.cat([D(to_batch(data.images, index, device))[1].cpu() for index in held_out.split(500)])
@@ -218,10 +217,9 @@ def measure(D, data, training, held_out, args, device):
         r = torch.stack(both).argsort(1).argsort(1).float().corrcoef().abs()[:n_codes, n_codes:].numpy()  # (C, F)
         panels += [("|Rank correlation|: code and factor", r, [f"code {j + 1}" for j in range(n_codes)], data.factors)]
     figure = Figure(figsize=(7 * len(panels) + 1, 4.5), layout="constrained")
-    for i, (title, values, rows, columns) in enumerate(panels):
-        axes = figure.add_subplot(1, len(panels), i + 1, title=title)
+    for axes, (title, values, rows, cols) in zip(np.ravel(figure.subplots(1, len(panels))), panels, strict=True):
         axes.imshow(values, cmap="Blues", aspect="auto", vmin=0, vmax=1.5)  # never too dark for black text
-        axes.set(xticks=range(len(columns)), xticklabels=columns, yticks=range(len(rows)), yticklabels=rows)
+        axes.set(title=title, xticks=range(len(cols)), xticklabels=cols, yticks=range(len(rows)), yticklabels=rows)
         for row, column in np.argwhere(values >= 0.005):
             axes.text(column, row, f"{values[row, column]:.2f}", ha="center", va="center")
     figure.savefig(Path(args.out) / "factors.png", dpi=100)
