@@ -1910,6 +1910,7 @@ def test_infogan_shapes():
     assert logits.shape == (5,)
     assert guesses.shape == (5, 3 + 4 + 2 * 2)
     assert D.eval()(x[:1])[0].shape == (1,)
+    assert infogan.Discriminator()(infogan.Generator()(torch.randn(5, 16 + 10 + 2)))[1].shape == (5, 10 + 2 * 2)
 
 
 def test_infogan_width_defaults_to_the_image_size(digits):
@@ -2062,6 +2063,21 @@ def test_augment_is_random_for_each_picture_and_differentiable():
     y.sum().backward()
     assert (x.grad != 0).float().mean() > 0.5
     assert torch.allclose(infogan.augment(torch.full((3, 1, 8, 8), -1.0), 0.5), torch.tensor(-1.0))  # no new border
+
+
+def test_augment_shifts_and_scales_by_up_to_its_strength_either_way(monkeypatch):
+    def augmented(x, *numbers):
+        monkeypatch.setattr(torch, "rand", lambda *size, device: torch.tensor(numbers).view(1, 2, 3))
+        return infogan.augment(x, 0.25)
+    x = torch.rand(1, 1, 16, 16)
+    y = augmented(x, 0.5, 0.5, 1.0, 0.5, 0.5, 0.0)  # 2 to the left, 2 down
+    expected = x[:, :, torch.arange(-2, 14).clamp(min=0)][..., torch.arange(2, 18).clamp(max=15)]
+    assert torch.allclose(y, expected, atol=1e-5)
+    ramp = (torch.arange(16) - 7.5).expand(1, 1, 16, 16)
+    assert torch.allclose(augmented(ramp, 0.0, 0.5, 0.5, 0.5, 0.5, 0.5), 0.75 * ramp, atol=1e-5)
+    assert torch.allclose(augmented(ramp, 1.0, 0.5, 0.5, 0.5, 0.5, 0.5), (1.25 * ramp).clamp(-7.5, 7.5), atol=1e-5)
+    slanted = augmented(ramp, 0.5, 1.0, 0.5, 0.5, 0.5, 0.5)
+    assert torch.allclose(slanted, (ramp + 0.25 * ramp.mT).clamp(-7.5, 7.5), atol=1e-5)
 
 
 def test_q_learns_categories_from_distorted_fakes_and_tells_g_of_clean_ones(pictures, monkeypatch):
