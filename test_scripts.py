@@ -2794,6 +2794,8 @@ def test_the_balance_and_the_modes_of_a_hand_made_set():
     few = torch.randint(80, (500,), generator=torch.Generator().manual_seed(0))
     assert score.balance(few, few, 1000)[0] < 0.01  # also where most classes are empty
     assert classes == 1
+    assert score.balance(torch.tensor([0] * 198 + [1] * 2), expected, 2)[1] == 2  # a class has 1 label in 100
+    assert score.balance(torch.tensor([0] * 199 + [1] * 1), expected, 2)[1] == 1
     modes = torch.tensor([0, 0, 7, 999])
     assert score.balance(modes, torch.arange(1000), 1000)[1] == 3
     rare = torch.tensor([0] * 500 + [1])  # one picture makes a mode, but no class
