@@ -9,7 +9,7 @@ DCGAN made this work with convolutions: strides in place of pooling, batch norm 
     python dcgan.py --dataset mnist --epochs 20
     python dcgan.py --dataset mnist --epochs 20 --lr-g 2e-4 --lr-d 2e-4 --betas 0.5 0.999 --out runs/adam  # the paper's
 The strongest recipe found here: wider, nearest upsampling, R1 instead of D's batch norm, higher rates that fade:
-    python dcgan.py --dataset mnist --epochs 10 --hidden-channels 32 64 --upsample nearest --d-norm none --r1 0.5 \
+    python dcgan.py --dataset mnist --epochs 8 --hidden-channels 32 64 --upsample nearest --d-norm none --r1 0.5 \
         --r1-every 4 --lr-g 1e-3 --lr-d 1e-3 --init default --lr-schedule cosine --out runs/strong
 What changes from mlp_gan.py: the networks, their first weights; no minimax, no gradients.png; walks through the space
 of z, in interpolation.gif; tricks: hinge loss, R1, spectral norm, flipped labels, instance noise, diffaugment.
