@@ -2140,6 +2140,12 @@ def test_a_category_beyond_the_labels_is_not_called_a_label(tmp_path, monkeypatc
     assert rows == [*(f"category {k}: {k}" for k in range(10)), "category 10: -", "category 11: -"]
 
 
+@pytest.mark.parametrize("size, label", [(10, 16), (17, 9)])
+def test_with_over_sixteen_categories_or_labels_nothing_is_measured(size, label):
+    args = infogan.parse_args(["--categorical", str(size)])
+    assert math.isnan(infogan.measure(None, common.Data(None, torch.tensor([label])), [], [], args, "cpu"))
+
+
 def test_infogans_average_copies_batch_norm_statistics(pictures):
     run_on_pictures(infogan, pictures, "r", "--max-steps", 3)
     state = checkpoint("r")
