@@ -274,12 +274,12 @@ def load_folder(dataset, data_dir, img_size, background):
         raise Fault(f"{dataset}: no png, jpg, webp, gif or bmp in {folder}, runs apart: {todo}, or change --data-dir.")
     tops = [os.path.relpath(name, folder).rpartition(os.sep)[0].split(os.sep)[0] for name in names]
     labels = torch.from_numpy(np.unique(tops, return_inverse=True)[1]) if len(set(tops)) > 1 else None
-    if len(names) * 3 * size * size <= RESIDENT:
+    if 3 * (grey := len(names) * size * size) <= RESIDENT:  # in bytes; grey: if no picture has a colour
         pixels = np.frombuffer(decode(names, size, background, io.BytesIO()).getbuffer(), np.uint8)
         return Data(torch.from_numpy(pixels.reshape(len(names), -1, size, size)), labels)
     stats = [(os.path.relpath(name, folder), os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in names]
     cache = folder / f"decoded-{hashlib.md5(repr((size, background, stats)).encode()).hexdigest()}.raw"
-    if not cache.exists():
+    if not cache.exists() or cache.stat().st_size not in (grey, 3 * grey):  # not there, or damaged
         save_atomically(cache, partial(decode, names, size, background))
     pixels = np.memmap(cache, np.uint8, "c")  # read page by page, never written
     return Data(torch.from_numpy(pixels.reshape(len(names), -1, size, size)), labels)

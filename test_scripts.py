@@ -2561,6 +2561,16 @@ def test_a_memory_mapped_run_equals_a_resident_one(pictures, monkeypatch):
     assert common.load_data("folder", "copy", 8).images.shape == (26, 3, 8, 8)
 
 
+@pytest.mark.parametrize("damaged", [b"", bytes(100), bytes(4 * 26 * 8 * 8)])
+def test_a_decoded_file_of_another_size_is_decoded_anew(pictures, monkeypatch, damaged):
+    monkeypatch.setattr(common, "RESIDENT", 0)
+    shutil.copytree(pictures, "copy")
+    images = common.load_data("folder", "copy", 8).images.clone()
+    (cache,) = Path("copy").glob("decoded-*")
+    cache.write_bytes(damaged)
+    assert common.load_data("folder", "copy", 8).images.equal(images)
+
+
 def test_the_decoded_file_is_keyed_by_what_went_in_and_whole_or_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "RESIDENT", 0)
     for i in range(3):
