@@ -42,19 +42,19 @@ class UpsampleConv2d(nn.Conv2d):
     """nn.Upsample(scale_factor=2), then this 3x3 convolution: (B, in_channels, H, W) -> (B, out_channels, 2H, 2W).
     In one dimension y[2i] = w0 x[i-1] + (w1 + w2) x[i] and y[2i+1] = (w0 + w1) x[i] + w2 x[i+1]. So x[i] is spread by
     the weights w2, w1 + w2, w0 + w1, w0: a transposed convolution, of 4 products, not 6; in two dimensions 16, not 36.
-    Each y has w0 + w1 + w2 in all: what is flat stays flat, without a checkerboard."""
+    Each y has w0 + w1 + w2 in all, but at the border, where x is 0 outside: what is flat stays so, no checkerboard."""
     def forward(self, x):
         sums = 4 * avg_pool2d(self.weight, 2, 1, 1)  # (out_channels, in_channels, 4, 4): of each 2x2, outside lies 0
         return conv_transpose2d(x, sums.transpose(0, 1).flip(2, 3), self.bias, stride=2, padding=1)
 
 class Generator(nn.Sequential):
-    """z (B, latent_dim) -> image (B, img_channels, img_size, img_size) in [-1, 1]; shapes below: default arguments.
+    """z (B, latent_dim) -> image (B, img_channels, img_size, img_size) in [-1, 1]; shapes below: by the defaults.
     hidden_channels: from the image inwards. Raises Misuse if img_size cannot be halved once for each of them."""
     def __init__(self, latent_dim=100, img_size=64, img_channels=3, hidden_channels=(128, 256, 512),
                  kernel_size=4, upsample="transpose", depth=1, init="dcgan"):  # fmt: skip
         factor = 2 ** len(hidden_channels)
         if img_size % factor:
-            raise Misuse(f"--img-size {img_size} is no multiple of {factor}: use one, or fewer --hidden-channels.")
+            raise Misuse(f"--img-size {img_size} is no multiple of {factor}: change it or use fewer --hidden-channels.")
         widths = [*reversed(hidden_channels), img_channels]
         start = img_size // factor, img_size // factor, widths[0]
         layers = [nn.Linear(latent_dim, math.prod(start), bias=False), nn.Unflatten(1, start)]  # (B, 8, 8, 512)
@@ -181,7 +181,7 @@ def parse_args(argv=None, known=None):
     adam("--adam-eps", type=number(float, 1e-20, 1), default=1e-8, help="Adam's epsilon (%(default)s)")
     adam("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: down to 0 (%(default)s)")
     adam("--clip-grad-norm", type=amount, help="scale gradients down to this L2 norm, against jumps (off)")
-    adam("--ema", type=share, default=0.999, help="decay of the average of G that samples come from; 0: none (0.999)")
+    adam("--ema", type=share, default=0.999, help="decay of the average of G that is sampled; 0: G's own (0.999)")
     adam("--d-steps", type=count, default=1, help="D updates a step (%(default)s)")
     adam("--g-steps", type=count, default=1, help="G updates a step (%(default)s)")
     trick("--loss", choices=["bce", "hinge"], default="bce", help="hinge: Geometric GAN, 1705.02894 (%(default)s)")
@@ -211,12 +211,12 @@ def open_run(args, argv):
     path = Path(args.out) / "checkpoint.pt"
     if not (args.resume or args.sample):
         if (path.exists() or (path.parent / "samples/000000.png").exists()) and not args.overwrite:
-            raise Misuse(f"{args.out} holds a run: --resume continues it, --overwrite replaces it, --out avoids it.")
+            raise Misuse(f"{args.out} has a run: --out avoids it, --overwrite replaces it, --resume goes on if saved.")
         return args, None
     try:
         run = {} if ZipFile(path).testzip() else torch.load(path, map_location="cpu", weights_only=True)  # {}: damaged
         flags = run["args"] | {"out": args.out, "overwrite": False} | ({"max_steps": None} if args.epochs else {})
-        args = parse_args(argv, argparse.Namespace(**flags))  # argv again: it wins over flags
+        args = parse_args(argv, argparse.Namespace(**flags))  # argv wins over flags; --epochs over an old --max-steps
         for name, network in zip("GD", build(argparse.Namespace(**flags)), strict=True):
             network.load_state_dict(run[name])  # only to see if they fit
     except Exception as error:  # torch.load raises many kinds for a file that is not a checkpoint
@@ -285,7 +285,7 @@ def train(args, run):
             part.load_state_dict(run[name])
         step, z_fixed, log = run["step"], run["z_fixed"].to(device), run["log"]
         torch.set_rng_state(run["rng"])
-    elif (out / "samples/000000.png").exists():  # --overwrite: what would be left of the run that is replaced
+    elif (out / "checkpoint.pt").exists() or (out / "samples/000000.png").exists():  # --overwrite: clear the old run
         for name in ("checkpoint.pt", "generated.png", "interpolation.gif", "samples/[0-9]*.png", "generat*/*[0-9].p*"):
             list(map(Path.unlink, sorted(out.glob(name))))
     save_png(out / "real.png", grid(images[:: max(1, len(images) // 64)][:64].cpu()))
@@ -297,7 +297,7 @@ def train(args, run):
         x = x + args.instance_noise * (1 - step / last_step) * torch.randn_like(x) if args.instance_noise else x
         return D(diffaugment(x) if args.diffaugment else x).float()
     first, stop, started = step, [], time.perf_counter()
-    old_handler = signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # one more step, then save
+    old_handler = signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # end this step, make one more, save
     try:
         for step in range(first + 1, last_step + 1):
             epoch, i = divmod(step - 1, steps_per_epoch)
@@ -307,16 +307,16 @@ def train(args, run):
             opt_g.param_groups[0]["lr"], opt_d.param_groups[0]["lr"] = args.lr_g * fade, args.lr_d * fade
             # (1) D step: maximise log D(x) + log(1 - D(G(z)))
             D.requires_grad_(True)
-            r1 = 0 if (step - 1) % args.r1_every else args.r1 * args.r1_every  # N-fold: on average the same
+            r1 = 0 if (step - 1) % args.r1_every else args.r1 * args.r1_every  # steps 1, N + 1, ...: N times as strong
             for index in epoch_order(len(images), batch_size * args.d_steps, args.seed, epoch)[i].split(batch_size):
                 x_real = to_batch(images, index, device).requires_grad_(r1 > 0)  # (B, C, H, W) in [-1, 1]
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     x_fake = G(torch.randn(batch_size, args.latent_dim, device=device))  # kept for (2)
-                    logits_real, logits_fake = D_seen(x_real), D_seen(x_fake.detach())  # no way to G
+                    logits_real, logits_fake = D_seen(x_real), D_seen(x_fake.detach())  # no gradient for G
                 sign = torch.where(torch.rand(2, batch_size, device=device) < args.flip_labels, -1, 1)  # -1: wrong
                 seen_real, seen_fake = sign[0] * logits_real, sign[1] * logits_fake  # -l: logit of the other label
                 loss_d = discriminator_loss(seen_real, seen_fake, args.loss, args.label_smoothing)
-                penalty = r1 / 2 * r1_penalty(logits_real, x_real) if r1 else 0  # in grad_norm_d, not in loss_d
+                penalty = r1 / 2 * r1_penalty(logits_real, x_real) if r1 else 0  # in their grad_norm_d, not in loss_d
                 opt_d.zero_grad()
                 (loss_d + penalty).backward()
                 if logging or args.clip_grad_norm:  # up to inf: only measured
@@ -355,7 +355,7 @@ def train(args, run):
             keeping = epoch_ends and bool(args.snapshot_every) and (epoch + 1) % args.snapshot_every == 0
             saving = keeping or stopping or (epoch_ends and (epoch < 100 or step % 100 < steps_per_epoch))
             if saving or step % (args.sample_every or math.inf) == 0 or (epoch == 0 and step.bit_count() == 1):
-                update_bn(z_fixed.split(128), G_ema)  # the copied statistics of batch norm do not fit averaged weights
+                update_bn(z_fixed.split(128), G_ema)  # batch norm's statistics anew: those copied fit G's own weights
                 save_png(out / f"samples/{step:06d}.png", grid(sample(G_ema, z_fixed[:64])))
             state = {"args": vars(args), "step": step, "epoch": epoch + epoch_ends}
             if keeping:  # before the checkpoint: a run that is killed between the two makes it again

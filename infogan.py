@@ -4,15 +4,15 @@ G gets noise z and a code c: one of ten categories, and two numbers. A third net
 its own, guesses c from the fake x. G is rewarded if Q guesses right, so that c has to show in x: the category as the
 digit, the numbers as slant or width. The reward L is a lower bound of the mutual information I, as KL(P || Q) >= 0:
     I(c; x) = H(c) - H(c|x) = H(c) + E log P(c|x) >= H(c) + E log Q(c|x) = L    for x = G(z, c), P the true posterior
-    D and Q maximise  log D(x_real) + log(1 - D(G(z, c))) + weight * L    loss_d and loss_g in the log
-    G maximises       log D(G(z, c)) + weight * L                         are without L
-Ten categories, guessed perfectly, give L = ln 10 = 2.303 nats, a number (variance 1) ln 2 - ln(2 pi) / 2 = -0.226.
+    D and Q maximise  log D(x_real) + log(1 - D(G(z, c))) + weight * L    loss_d in the log: minus this, without L
+    G maximises       log D(G(z, c)) + weight * L                         loss_g likewise
+Guessed perfectly, ten categories give L = ln 10 = 2.303 nats, each number ln 2 - ln(2 pi) / 2 = -0.226 (variance 1).
     python infogan.py                           # the built-in digits, no download
     python infogan.py --dataset mnist --epochs 20
 What changes from dcgan.py: codes, Q, L; a dense layer more in each; no tricks; a test of what the codes mean on a
 tenth of the pictures, not trained on: by labels (cluster_error), by the factors of `digits`; both in factors.png.
 Where this differs from the paper (its values in brackets): Q learns categories from fakes distorted at random, so that
-none is a slant or size (--augment 0: off), but numbers, as G its reward, from plain ones. z is 16 normal numbers (62),
+none is a slant or size (--augment 0: off); plain fakes teach it numbers and reward G. z is 16 normal numbers (62),
 with c the same in both steps; L weighs 1, numbers' 0.3 (1 or less); D's rate 5e-4 (2e-4); batch 64 (128); widths 16,
 32, 512 (64, 128, 1024); LeakyReLU 0.2 (0.1); PyTorch's first weights; Q's variance 1 (learned); averaged weights."""
 import argparse
@@ -35,12 +35,12 @@ from common import DATASETS, Fault, Misuse, epoch_order, fixed_noise, grid, load
 from common import save_gif, save_history, save_pictures, save_png, to_batch
 
 class Generator(nn.Sequential):
-    """z and c (B, inputs) -> image (B, img_channels, img_size, img_size) in [-1, 1]; shapes below: default arguments.
+    """z and c (B, inputs) -> image (B, img_channels, img_size, img_size) in [-1, 1]; shapes below: by the defaults.
     hidden_channels: from the image inwards. Raises Misuse if img_size cannot be halved once for each of them."""
     def __init__(self, inputs=28, img_size=28, img_channels=1, hidden_channels=(16, 32), hidden=512):
         factor = 2 ** len(hidden_channels)
         if img_size % factor:
-            raise Misuse(f"--img-size {img_size} is no multiple of {factor}: use one, or fewer --hidden-channels.")
+            raise Misuse(f"--img-size {img_size} is no multiple of {factor}: change it or use fewer --hidden-channels.")
         widths = [*reversed(hidden_channels), img_channels]
         start = img_size // factor, img_size // factor, widths[0]
         layers = [nn.Linear(inputs, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(True)]  # (B, 512)
@@ -85,7 +85,7 @@ def categorical_bound(guesses, c, sizes):
     return sum(map(math.log, sizes)) - sum(map(cross_entropy, logits, codes))
 
 def continuous_bound(guesses, c, sizes, variance):
-    """The same for the numbers after them, uniform in [-1, 1]: H = log 2; Q is normal; "fixed" is a variance of 1."""
+    """The same for the numbers, the last columns, uniform in [-1, 1]: H = log 2. Q is normal; "fixed": variance 1."""
     mean, log_variance = guesses[:, sum(sizes) :].chunk(2, 1)  # (B, C) each
     v = log_variance.exp() if variance == "learned" else 1.0
     return (math.log(2) - gaussian_nll_loss(mean, c[:, sum(sizes) :], v, full=True, reduction="none")).mean(0).sum()
@@ -177,12 +177,12 @@ def open_run(args, argv):
     path = Path(args.out) / "checkpoint.pt"
     if not (args.resume or args.sample):
         if (path.exists() or (path.parent / "samples/000000.png").exists()) and not args.overwrite:
-            raise Misuse(f"{args.out} holds a run: --resume continues it, --overwrite replaces it, --out avoids it.")
+            raise Misuse(f"{args.out} has a run: --out avoids it, --overwrite replaces it, --resume goes on if saved.")
         return args, None
     try:
         run = {} if ZipFile(path).testzip() else torch.load(path, map_location="cpu", weights_only=True)  # {}: damaged
         flags = run["args"] | {"out": args.out, "overwrite": False} | ({"max_steps": None} if args.epochs else {})
-        args = parse_args(argv, argparse.Namespace(**flags))  # argv again: it wins over flags
+        args = parse_args(argv, argparse.Namespace(**flags))  # argv wins over flags; --epochs over an old --max-steps
         for name, network in zip("GD", build(argparse.Namespace(**flags)), strict=True):
             network.load_state_dict(run[name])  # only to see if they fit
     except Exception as error:  # torch.load raises many kinds for a file that is not a checkpoint
@@ -200,7 +200,7 @@ def build(args):
 
 @torch.no_grad()
 def measure(D, data, training, held_out, args, device):
-    """How often Q's category is wrong about the labels at held_out, which choose the matching too; D is in eval mode.
+    """How often Q's category is not the label at held_out, by the matching that fits held_out best; D is in eval mode.
     Draws factors.png. Without labels, with a label over 15 or more than 16 categories: nan, and nothing is drawn."""
     size, n_codes = args.categorical[0], args.continuous
     if data.labels is None or (n := max(size, data.labels.max().item() + 1)) > 16:  # there are 2^n sets of labels
@@ -230,7 +230,7 @@ def save_traversals(G, args, device):
     noise, sweep, blocks, frames = fixed_noise(9, args.latent_dim, args.seed), torch.linspace(-2, 2, 9)[:, None], {}, []
     def block(k, z, values):  # rows: categories of code k; columns: z (9 or 1, latent_dim), values (9, C) or (C,)
         rows = torch.arange(args.categorical[k])[:, None]
-        codes = [one_hot(rows * (i == k), size) for i, size in enumerate(args.categorical)]  # others: category 0
+        codes = [one_hot(rows if i == k else 0 * rows, size) for i, size in enumerate(args.categorical)]  # others: 0
         inputs = [part.expand(len(rows), 9, -1) for part in (z, *codes, values)]
         return grid(sample(G, torch.cat(inputs, 2).flatten(0, 1).to(device)), 9)
     for k in range(len(args.categorical)):
@@ -306,7 +306,7 @@ def train(args, run):
             part.load_state_dict(run[name])
         step, z_fixed, log = run["step"], run["z_fixed"].to(device), run["log"]
         torch.set_rng_state(run["rng"])
-    elif (out / "samples/000000.png").exists():  # --overwrite: what would be left of the run that is replaced
+    elif (out / "checkpoint.pt").exists() or (out / "samples/000000.png").exists():  # --overwrite: clear the old run
         own = "factors.png", "traversal.png", "traversal.gif"
         for name in ("checkpoint.pt", "generated.png", *own, "samples/[0-9]*.png", "generat*/*[0-9].p*"):
             list(map(Path.unlink, sorted(out.glob(name))))
@@ -317,7 +317,7 @@ def train(args, run):
     save_atomically(out / "args.json", json.dumps(vars(args) | facts, indent=2).encode())
     print(f"{len(images):,} pictures {tuple(images.shape[1:])}, parameters {counts}, {facts['on']}, {out}", flush=True)
     first, stop, started = step, [], time.perf_counter()
-    old_handler = signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # one more step, then save
+    old_handler = signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # end this step, make one more, save
     try:
         for step in range(first + 1, last_step + 1):
             epoch, i = divmod(step - 1, steps_per_epoch)
@@ -332,8 +332,8 @@ def train(args, run):
             c = draw_codes(batch_size, sizes, args.continuous, device)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 x_fake = G(torch.cat([torch.randn(batch_size, args.latent_dim, device=device), c], 1))  # kept for (2)
-                (logits_real, _), (logits_fake, guesses) = D(x_real), D(x_fake.detach())  # no way to G
-                _, warped = D(augment(x_fake.detach(), args.augment))  # categories are learned from these, numbers not
+                (logits_real, _), (logits_fake, guesses) = D(x_real), D(x_fake.detach())  # no gradient for G
+                _, warped = D(augment(x_fake.detach(), args.augment))  # Q learns categories from these alone
             loss_d = discriminator_loss(logits_real, logits_fake)
             info_cat, info_cont = categorical_bound(warped, c, sizes), continuous_bound(guesses, c, sizes, variance)
             opt_d.zero_grad()
@@ -393,7 +393,7 @@ def train(args, run):
         save_plots(out, log)
         save_history(out, step)
     save_traversals(G_ema, args, device)
-    measure(D_ema, data, training, held_out, args, device)
+    measure(D_ema, data, training, held_out, args, device)  # factors.png of the last step
     print(f"Step {step} of {max(step, last_step)}. Look at {out}/samples.gif, traversal.png and losses.png.")
 
 def main(argv=None):

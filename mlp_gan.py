@@ -101,7 +101,7 @@ def parse_args(argv=None, known=None):
     adam("--adam-eps", type=number(float, 1e-20, 1), default=1e-8, help="Adam's epsilon (%(default)s)")
     adam("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: down to 0 (%(default)s)")
     adam("--clip-grad-norm", type=amount, help="scale gradients down to this L2 norm, against jumps (off)")
-    adam("--ema", type=share, default=0.999, help="decay of the average of G that samples come from; 0: none (0.999)")
+    adam("--ema", type=share, default=0.999, help="decay of the average of G that is sampled; 0: G's own (0.999)")
     adam("--d-steps", type=count, default=1, help="D updates a step (%(default)s)")
     adam("--g-steps", type=count, default=1, help="G updates a step (%(default)s)")
     trick("--loss", choices=["nonsaturating", "minimax"], default="nonsaturating", help="G's (%(default)s)")
@@ -125,12 +125,12 @@ def open_run(args, argv):
     path = Path(args.out) / "checkpoint.pt"
     if not (args.resume or args.sample):
         if (path.exists() or (path.parent / "samples/000000.png").exists()) and not args.overwrite:
-            raise Misuse(f"{args.out} holds a run: --resume continues it, --overwrite replaces it, --out avoids it.")
+            raise Misuse(f"{args.out} has a run: --out avoids it, --overwrite replaces it, --resume goes on if saved.")
         return args, None
     try:
         run = {} if ZipFile(path).testzip() else torch.load(path, map_location="cpu", weights_only=True)  # {}: damaged
         flags = run["args"] | {"out": args.out, "overwrite": False} | ({"max_steps": None} if args.epochs else {})
-        args = parse_args(argv, argparse.Namespace(**flags))  # argv again: it wins over flags
+        args = parse_args(argv, argparse.Namespace(**flags))  # argv wins over flags; --epochs over an old --max-steps
         for name, network in zip("GD", build(argparse.Namespace(**flags)), strict=True):
             network.load_state_dict(run[name])  # only to see if they fit
     except Exception as error:  # torch.load raises many kinds for a file that is not a checkpoint
@@ -200,7 +200,7 @@ def train(args, run):
             part.load_state_dict(run[name])
         step, z_fixed, log, gradients = run["step"], run["z_fixed"].to(device), run["log"], run["gradients"]
         torch.set_rng_state(run["rng"])
-    elif (out / "samples/000000.png").exists():  # --overwrite: what would be left of the run that is replaced
+    elif (out / "checkpoint.pt").exists() or (out / "samples/000000.png").exists():  # --overwrite: clear the old run
         for name in ("checkpoint.pt", "generated.png", "samples/[0-9]*.png", "generat*/*[0-9].p*"):
             list(map(Path.unlink, sorted(out.glob(name))))
     save_png(out / "real.png", grid(images[:: max(1, len(images) // 64)][:64].cpu()))
@@ -209,7 +209,7 @@ def train(args, run):
     save_atomically(out / "args.json", json.dumps(vars(args) | facts, indent=2).encode())
     print(f"{len(images):,} pictures {tuple(images.shape[1:])}, parameters {counts}, {facts['on']}, {out}", flush=True)
     first, stop, started = step, [], time.perf_counter()
-    old_handler = signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # one more step, then save
+    old_handler = signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # end this step, make one more, save
     try:
         for step in range(first + 1, last_step + 1):
             epoch, i = divmod(step - 1, steps_per_epoch)
@@ -223,7 +223,7 @@ def train(args, run):
                 x_real = to_batch(images, index, device)  # (B, C, H, W) in [-1, 1]
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     x_fake = G(torch.randn(batch_size, args.latent_dim, device=device))  # kept for (2)
-                    logits_real, logits_fake = D(x_real).float(), D(x_fake.detach()).float()  # no way to G
+                    logits_real, logits_fake = D(x_real).float(), D(x_fake.detach()).float()  # no gradient for G
                 loss_d = discriminator_loss(logits_real, logits_fake, args.label_smoothing)
                 opt_d.zero_grad()
                 loss_d.backward()
@@ -265,7 +265,7 @@ def train(args, run):
             keeping = epoch_ends and bool(args.snapshot_every) and (epoch + 1) % args.snapshot_every == 0
             saving = keeping or stopping or (epoch_ends and (epoch < 100 or step % 100 < steps_per_epoch))
             if saving or step % (args.sample_every or math.inf) == 0 or (epoch == 0 and step.bit_count() == 1):
-                update_bn(z_fixed.split(128), G_ema)  # the copied statistics of batch norm do not fit averaged weights
+                update_bn(z_fixed.split(128), G_ema)  # batch norm's statistics anew: those copied fit G's own weights
                 save_png(out / f"samples/{step:06d}.png", grid(sample(G_ema, z_fixed[:64])))
             state = {"args": vars(args), "step": step, "epoch": epoch + epoch_ends}
             if keeping:  # before the checkpoint: a run that is killed between the two makes it again

@@ -384,7 +384,7 @@ def test_grids_of_a_run_whose_files_were_deleted_do_not_mix_with_new_ones(script
     for path in [path for path in Path("r").iterdir() if path.is_file()]:  # as rm r/* does
         path.unlink()
     Path("r/samples/000007.png").write_bytes(b"old")
-    assert "holds a run" in refusal(capsys, run_on_pictures(script, pictures, "r", "--max-steps", 1), [2])
+    assert "has a run" in refusal(capsys, run_on_pictures(script, pictures, "r", "--max-steps", 1), [2])
     assert run_on_pictures(script, pictures, "r", "--max-steps", 1, "--overwrite") == 0
     assert [path.stem for path in sorted(Path("r/samples").iterdir())] == ["000000", "000001"]
 
@@ -398,7 +398,8 @@ def test_nothing_that_is_not_of_a_run_is_deleted(script, pictures, flags):
     assert {Path("r/samples", name).read_bytes() for name in ("cat.png", "7.png")} == {b"mine"}
 
 
-def test_overwrite_leaves_nothing_of_the_old_run(script, pictures, copy_one_step, monkeypatch):
+@pytest.mark.parametrize("lost", ["samples/000000.png", "checkpoint.pt"])
+def test_overwrite_leaves_nothing_of_the_old_run(script, pictures, copy_one_step, monkeypatch, lost):
     copy_one_step(script)
     script.main(["--out", "r", "--sample", "1"])
     old = ["samples/000007.png", "generators/epoch_007.pt", "generated.png", "generated/00000.png"]
@@ -407,6 +408,7 @@ def test_overwrite_leaves_nothing_of_the_old_run(script, pictures, copy_one_step
     Path("r/generators").mkdir()
     for name in old:
         Path("r", name).write_bytes(b"old")
+    Path("r", lost).unlink()
     monkeypatch.setattr(script, "generator_loss", lambda logits, *_: logits.mean() * math.nan)  # no clean end either
     assert run_on_pictures(script, pictures, "r", "--max-steps", 1, "--overwrite") == 1
     assert not any(Path("r", name).exists() for name in [*old, "checkpoint.pt"])

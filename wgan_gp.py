@@ -9,15 +9,15 @@ so that a critic D, which returns a score and no probability, is trained to meas
     G maximises  E D(G(z))            loss_g = -mean D(G(z)), whose zero has no meaning: it may drift
 D must be 1-Lipschitz, nowhere steeper than 1; the best D has |grad D| = 1 along the lines of an optimal transport.
 --lipschitz chooses how. gp: a penalty on slopes other than 1 at x_mix, random points between random real-fake pairs; it
-needs the gradient of a gradient. clip: weights within 0.05, with RMSprop and layer norm, 1.4 times as fast; D tends to
-be too simple. spectral (1802.05957): the weights of each layer, as a matrix, over their largest singular value, 1.15
-times as fast; convolutions may still be steeper than 1. With both W has an unknown scale: compare it within a run.
+needs the gradient of a gradient. clip: all weights within 0.05, those of layer norm too, with RMSprop, 1.4 times as
+fast; D tends to be too simple. spectral (1802.05957): each layer's weights, as a matrix, over their largest singular
+value, 1.15 times as fast; convolutions may still be steeper than 1. With these two the scale of W is unknown.
     python wgan_gp.py                           # the built-in digits, no download
     python wgan_gp.py --dataset mnist --epochs 20
     python wgan_gp.py --dataset mnist --epochs 20 --lr-g 1e-4 --lr-d 1e-4 --batch-size 64 --out runs/wgan-adam
-The last has their rates and batch, and half as many steps: FD 51, not 3 (bench/score.py).
+The last has the papers' rates and batch, so half as many steps: FD (bench/score.py; lower is better) 51, not 3.
 What changes from dcgan.py: no probabilities, tricks or batch norm in D, five D steps a G step, residual networks, W in
-the log, over training pictures and others: a W much lower over the others shows that D knows the first by heart.
+the log, over training pictures and over others: where the second is much lower, D knows the training pictures by heart.
 Where this differs from the papers (theirs in brackets): rates 1e-3, of D without gp 2e-4 (Adam 1e-4, RMSprop 5e-5);
 clip within 0.05 (0.01), with layer norm (batch norm) in D; betas as in Algorithm 1 (their MNIST code: (0.5, 0.9)); z of
 100 (128); batch 32 (64); kernels 4x4 (5x5); widths 16, 32, two layers at each resolution (wider, one); the residual
@@ -43,7 +43,7 @@ from common import DATASETS, Fault, Misuse, epoch_order, fixed_noise, grid, load
 from common import save_history, save_pictures, save_png, to_batch
 
 class LeakyReLU(nn.LeakyReLU):
-    """As torch's, but x times a constant to autograd: in the penalty torch's takes zeros back through all layers."""
+    """As torch's, but to autograd x times a constant: torch's, differentiated twice, sends zeros back, to no use."""
     def forward(self, x):
         factor = x.detach().sign().clamp_(min=self.negative_slope)  # 1 or slope
         return x.mul_(factor) if self.inplace else x * factor
@@ -60,12 +60,12 @@ class ResBlock(nn.Module):
         return self.main(x) + self.skip(x)
 
 class Generator(nn.Sequential):
-    """z (B, latent_dim) -> image (B, img_channels, img_size, img_size) in [-1, 1]; shapes below: default arguments.
+    """z (B, latent_dim) -> image (B, img_channels, img_size, img_size) in [-1, 1]; shapes below: by the defaults.
     hidden_channels: from the image inwards. Raises Misuse if img_size cannot be halved once for each of them."""
     def __init__(self, latent_dim=100, img_size=28, img_channels=1, hidden_channels=(64, 128), depth=1, arch="conv"):
         factor = 2 ** len(hidden_channels)
         if img_size % factor:
-            raise Misuse(f"--img-size {img_size} is no multiple of {factor}: use one, or fewer --hidden-channels.")
+            raise Misuse(f"--img-size {img_size} is no multiple of {factor}: change it or use fewer --hidden-channels.")
         widths = [*reversed(hidden_channels), img_channels if arch == "conv" else hidden_channels[0]]
         start = img_size // factor, img_size // factor, widths[0]
         layers = [nn.Linear(latent_dim, math.prod(start), bias=False), nn.Unflatten(1, start)]  # (B, 7, 7, 128)
@@ -107,7 +107,7 @@ class Critic(nn.Module):
         return (x * self.score.weight).sum(1)  # (B,)
 
 def critic_loss(scores_real, scores_fake):
-    """mean D(G(z)) - mean D(x): the critic's estimate of the Wasserstein distance, with a minus."""
+    """mean D(G(z)) - mean D(x) = -W, W the critic's estimate of the Wasserstein distance."""
     return scores_fake.mean() - scores_real.mean()
 
 def generator_loss(scores_fake):
@@ -168,7 +168,7 @@ def parse_args(argv=None, known=None):
     adam("--adam-eps", type=number(float, 1e-20, 1), default=1e-8, help="epsilon of Adam or RMSprop (%(default)s)")
     adam("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: down to 0 (%(default)s)")
     adam("--clip-grad-norm", type=amount, help="scale gradients down to this L2 norm, against jumps (off)")
-    adam("--ema", type=share, default=0.999, help="decay of the average of G that samples come from; 0: none (0.999)")
+    adam("--ema", type=share, default=0.999, help="decay of the average of G that is sampled; 0: G's own (0.999)")
     lipschitz("--lipschitz", choices=["gp", "clip", "spectral"], default="gp", help="what bounds the slope of D (gp)")
     lipschitz("--gp-weight", type=amount, default=10, help="of the penalty of gp (%(default)s)")
     lipschitz("--clip-value", type=number(float, 1e-6), default=0.05, help="clip: bound of D's weights (%(default)s)")
@@ -194,12 +194,12 @@ def open_run(args, argv):
     path = Path(args.out) / "checkpoint.pt"
     if not (args.resume or args.sample):
         if (path.exists() or (path.parent / "samples/000000.png").exists()) and not args.overwrite:
-            raise Misuse(f"{args.out} holds a run: --resume continues it, --overwrite replaces it, --out avoids it.")
+            raise Misuse(f"{args.out} has a run: --out avoids it, --overwrite replaces it, --resume goes on if saved.")
         return args, None
     try:
         run = {} if ZipFile(path).testzip() else torch.load(path, map_location="cpu", weights_only=True)  # {}: damaged
         flags = run["args"] | {"out": args.out, "overwrite": False} | ({"max_steps": None} if args.epochs else {})
-        args = parse_args(argv, argparse.Namespace(**flags))  # argv again: it wins over flags
+        args = parse_args(argv, argparse.Namespace(**flags))  # argv wins over flags; --epochs over an old --max-steps
         for name, network in zip("GD", build(argparse.Namespace(**flags)), strict=True):
             network.load_state_dict(run[name])  # only to see if they fit
     except Exception as error:  # torch.load raises many kinds for a file that is not a checkpoint
@@ -272,7 +272,7 @@ def train(args, run):
             part.load_state_dict(run[name])
         step, z_fixed, log = run["step"], run["z_fixed"].to(device), run["log"]
         torch.set_rng_state(run["rng"])
-    elif (out / "samples/000000.png").exists():  # --overwrite: what would be left of the run that is replaced
+    elif (out / "checkpoint.pt").exists() or (out / "samples/000000.png").exists():  # --overwrite: clear the old run
         for name in ("checkpoint.pt", "generated.png", "samples/[0-9]*.png", "generat*/*[0-9].p*"):
             list(map(Path.unlink, sorted(out.glob(name))))
     save_png(out / "real.png", grid(images[:: max(1, len(images) // 64)][:64].cpu()))
@@ -281,7 +281,7 @@ def train(args, run):
     save_atomically(out / "args.json", json.dumps(vars(args) | facts, indent=2).encode())
     print(f"{len(images):,} pictures {tuple(images.shape[1:])}, parameters {counts}, {facts['on']}, {out}", flush=True)
     first, stop, started = step, [], time.perf_counter()
-    old_handler = signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # one more step, then save
+    old_handler = signal.signal(signal.SIGINT, lambda *_: stop.append("Ctrl-C"))  # end this step, make one more, save
     try:
         for step in range(first + 1, last_step + 1):
             epoch, i = divmod(step - 1, steps_per_epoch)
@@ -328,7 +328,7 @@ def train(args, run):
                     seen, held = (torch.cat([D(to_batch(images, index, device)) for index in part.split(256)]).mean()
                                   for part in (training[: len(held_out)], held_out))  # not what D was just fitted to
                 D.train()
-                row = [loss_d, loss_g, norm_d, norm_g, seen + loss_g, held + loss_g]  # loss_g: of new fakes
+                row = [loss_d, loss_g, norm_d, norm_g, seen + loss_g, held + loss_g]  # loss_g = -E D(new fakes)
                 row = torch.stack([*row, (slope - 1).square().mean(), slope.mean()]).tolist()
                 row.insert(4, speed * batch_size * args.critic_steps)  # images_per_second
                 for name, value in zip(log[0].split(",")[2:], row, strict=True):
@@ -345,7 +345,7 @@ def train(args, run):
             keeping = epoch_ends and bool(args.snapshot_every) and (epoch + 1) % args.snapshot_every == 0
             saving = keeping or stopping or (epoch_ends and (epoch < 100 or step % 100 < steps_per_epoch))
             if saving or step % (args.sample_every or math.inf) == 0 or (epoch == 0 and step.bit_count() == 1):
-                update_bn(z_fixed.split(128), G_ema)  # the copied statistics of batch norm do not fit averaged weights
+                update_bn(z_fixed.split(128), G_ema)  # batch norm's statistics anew: those copied fit G's own weights
                 save_png(out / f"samples/{step:06d}.png", grid(sample(G_ema, z_fixed[:64])))
             state = {"args": vars(args), "step": step, "epoch": epoch + epoch_ends}
             if keeping:  # before the checkpoint: a run that is killed between the two makes it again
