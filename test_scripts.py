@@ -403,6 +403,7 @@ def test_overwrite_leaves_nothing_of_the_old_run(script, pictures, copy_one_step
     copy_one_step(script)
     script.main(["--out", "r", "--sample", "1"])
     old = ["samples/000007.png", "generators/epoch_007.pt", "generated.png", "generated/00000.png"]
+    old += ["score.csv", "score.png", "nearest.png"]
     own = {"dcgan": ["interpolation.gif"], "infogan": ["factors.png", "traversal.png", "traversal.gif"]}
     old += own.get(script.__name__, [])
     Path("r/generators").mkdir()
@@ -3006,7 +3007,7 @@ def test_score_without_labels_asks_for_inception_and_says_where_its_weights_are_
 def test_score_says_what_it_cannot_score(few_digits, capsys):
     assert "name runs" in refusal(capsys, score.main([]), [2])
     assert "--dataset" in refusal(capsys, score.main(["empty"]), [2])
-    assert "nosuch holds no run" in refusal(capsys, score.main(["nosuch", "--dataset", "digits"]), [2])
+    assert "nosuch holds no saved run" in refusal(capsys, score.main(["nosuch", "--dataset", "digits"]), [2])
     run(mlp_gan, "--max-steps", 1, "--out", "r")
     capsys.readouterr()
     for flag in ("--watch", "--snapshots"):
@@ -3020,6 +3021,11 @@ def test_score_says_what_it_cannot_score(few_digits, capsys):
     assert "--dataset" in refusal(capsys, score.main(["few"]), [2])
     Path("r/checkpoint.pt").write_bytes(b"damaged")
     assert "checkpoint.pt" in refusal(capsys, score.main(["r"]), [1])
+    Path("r/args.json").rename("r/args.txt")  # or losses.png and the grids would be scored
+    assert "r holds no saved run" in refusal(capsys, score.main(["r", "--dataset", "digits"]), [2])
+    Path("r/args.txt").rename("r/args.json")
+    Path("r/checkpoint.pt").unlink()  # told before a classifier is trained
+    assert "r holds no saved run" in refusal(capsys, score.main(["r"]), [2])
 
 
 def test_score_of_a_folder_does_not_read_its_own_pictures_and_makes_colours_grey(few_digits):

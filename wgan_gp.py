@@ -203,7 +203,7 @@ def open_run(args, argv):
         for name, network in zip("GD", build(argparse.Namespace(**flags)), strict=True):
             network.load_state_dict(run[name])  # only to see if they fit
     except Exception as error:  # torch.load raises many kinds for a file that is not a checkpoint
-        raise Fault(f"{path} is missing, damaged or of other networks: change --out, or --overwrite alone.") from error
+        raise Fault(f"{path} is missing (train first), damaged or of other networks: change --out.") from error
     free = {"epochs", "max_steps", "device", "data_dir", "out", "resume", "sample"}
     for name, value in flags.items():
         if getattr(args, name) != value and name not in free and not (args.sample and name == "seed"):
@@ -273,7 +273,7 @@ def train(args, run):
         step, z_fixed, log = run["step"], run["z_fixed"].to(device), run["log"]
         torch.set_rng_state(run["rng"])
     elif (out / "checkpoint.pt").exists() or (out / "samples/000000.png").exists():  # --overwrite: clear the old run
-        for name in ("checkpoint.pt", "generated.png", "samples/[0-9]*.png", "generat*/*[0-9].p*"):
+        for name in "checkpoint.pt", "generated.png", "nearest.png", "score.*", "samples/[0-9]*.png", "gen*/*[0-9].p*":
             list(map(Path.unlink, sorted(out.glob(name))))
     save_png(out / "real.png", grid(images[:: max(1, len(images) // 64)][:64].cpu()))
     save_png(out / f"samples/{step:06d}.png", grid(sample(G_ema, z_fixed[:64])))

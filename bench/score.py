@@ -189,8 +189,8 @@ def score_folder(folder, args):
     with contextlib.suppress(OSError, ValueError):  # no run, or damaged
         flags = json.loads((folder / "args.json").read_text())
     dataset = args.dataset or flags.get("dataset")
-    if not dataset or not folder.is_dir():
-        raise Misuse(f"{folder} holds no run: name another, or pictures, and with --dataset what to compare with.")
+    if not dataset or not folder.is_dir() or (bool(flags) != (folder / "checkpoint.pt").exists() and not args.watch):
+        raise Misuse(f"{folder} holds no saved run: name another, or pictures, with --dataset to compare them with.")
     if (args.watch or args.snapshots) and not flags.get("snapshot_every"):
         raise Misuse(f"{folder} was not trained with --snapshot-every: it has no snapshots.")
     n = args.samples or (26_000 if dataset == "stacked-mnist" else 10_000)
