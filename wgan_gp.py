@@ -9,9 +9,9 @@ so that a critic D, which returns a score and no probability, is trained to meas
     G maximises  E D(G(z))            loss_g = -mean D(G(z)), whose zero has no meaning: it may drift
 D must be 1-Lipschitz, nowhere steeper than 1; the best D has |grad D| = 1 along the lines of an optimal transport.
 --lipschitz chooses how. gp: a penalty on slopes other than 1 at x_mix, random points between random real-fake pairs; it
-needs the gradient of a gradient. clip: all weights within 0.05, those of layer norm too, with RMSprop, 1.4 times as
-fast; D tends to be too simple. spectral (1802.05957): each layer's weights, as a matrix, over their largest singular
-value, 1.15 times as fast; convolutions may still be steeper than 1. With these two the scale of W is unknown.
+needs the gradient of a gradient. clip: all weights within 0.05, those of layer norm too, with RMSprop, about 1.4 times
+as fast; D tends to be too simple. spectral (1802.05957): each layer's weights, as a matrix, over their largest singular
+value, about 1.15 times as fast; convolutions may still be steeper than 1. With these two the scale of W is unknown.
     python wgan_gp.py                           # the built-in digits, no download
     python wgan_gp.py --dataset mnist --epochs 20
     python wgan_gp.py --dataset mnist --epochs 20 --lr-g 1e-4 --lr-d 1e-4 --batch-size 64 --out runs/wgan-adam
