@@ -25,15 +25,15 @@ from torchvision.utils import make_grid
 FONTS = ["DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique", "cmss10", "cmtt10", "cmr10"]
 FONTS += ["DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic", "cmb10", "cmti10"]
 FONTS += ["STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta"]
-MIRRORS = {"mnist": "https://storage.googleapis.com/cvdf-datasets/mnist/"}  # behind torchvision's first
+MIRRORS = {"mnist": "https://storage.googleapis.com/cvdf-datasets/mnist/"}  # tried after torchvision's first
 MIRRORS["fashion"] = "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/"
-RESIDENT = 2**29  # bytes: a larger folder of pictures is kept in a memory-mapped file, and no larger data on a GPU
+RESIDENT = 2**29  # bytes: a folder that is larger in RGB is kept in a memory-mapped file, and no larger data on a GPU
 
 class Fault(Exception):
     """What the user can mend: the scripts print it as one sentence, without a traceback, and exit with code 1."""
 
 class Misuse(Fault):
-    """A flag that cannot be, by itself or with what it is used on: exit code 2."""
+    """A flag whose value is impossible, or does not fit the data or the run: exit code 2."""
 
 class Data(NamedTuple):
     images: torch.Tensor  # uint8 (N, C, H, W)
@@ -52,7 +52,7 @@ def load_data(dataset, data_dir="data", img_size=None, classes=None, background=
     if classes and (data.labels is None or not set(classes) <= set(data.labels.tolist())):
         raise Misuse(f"--classes {classes}: not all are labels here (those of a folder: its sub-folders, 0, 1, ...).")
     if classes:
-        i = torch.isin(data.labels, torch.tensor(classes)).nonzero().squeeze(1)
+        i = torch.isin(data.labels, torch.tensor(classes))
         data = Data(data.images[i], data.labels[i], data.factors and {k: v[i] for k, v in data.factors.items()})
     if len(data.images) < 2:
         raise Fault(f"{len(data.images)} pictures are not enough for batch norm: give more, or other --classes.")
@@ -108,7 +108,7 @@ def save_gif(path, frames, duration):
     save_atomically(path, imageio.mimwrite("<bytes>", frames, format="gif", duration=duration, loop=0))
 
 def save_history(out, step):
-    """samples.gif: up to 60 of the grids in out/samples, to this step (later: of a killed run), the last one held."""
+    """samples.gif: up to 60 of the grids in out/samples up to this step (later ones: a killed run's), the last held."""
     paths = [p for n in range(step + 1) if (p := out.absolute() / f"samples/{n:06d}.png").exists()]  # imageio expands ~
     save_gif(out / "samples.gif", [imageio.imread(p) for p in paths[:: len(paths) // 60 + 1] + paths[-1:] * 10], 200)
 
@@ -127,11 +127,11 @@ def render_digits(n, seed):
             ImageDraw.Draw(glyph).text(((64 - left - right) / 2, (64 - top - bottom) / 2), digit, 255, font)
             glyphs.append(torch.from_numpy(np.array(glyph) > 127))
     ink, place = torch.stack(glyphs), torch.arange(64.0)  # (fonts * 10, 64, 64)
-    squared = torch.where(torch.stack([~ink, ink]), 0, 1e4)  # to the nearest pixel without ink, and with ink
+    squared = torch.where(torch.stack([~ink, ink]), 0, 1e4)  # distances to a pixel without ink, and to one with ink
     for _ in range(2):  # along the rows, then along the columns
         squared = (squared[..., None, :] + (place[:, None] - place) ** 2).amin(-1).transpose(-1, -2)
     distance = torch.sub(*squared.sqrt().clamp(min=0.5))  # (fonts * 10, 64, 64), negative where there is no ink
-    half_stroke = distance.flatten(1).amax(1).view(-1, 10).median(1).values  # (fonts,)
+    half_stroke = distance.flatten(1).amax(1).view(-1, 10).median(1).values  # (fonts,), in pixels of the glyph
     rng = torch.Generator().manual_seed(seed)
     labels, font = torch.randint(10, (n,), generator=rng), torch.randint(len(FONTS), (n,), generator=rng)
     low, high = torch.tensor([[-15, -0.3, 0.85, 2.0, -2, -2], [15, 0.3, 1.10, 4.5, 2, 2]])[..., None]
@@ -196,7 +196,7 @@ def download(urls, path, places, md5=None):
 def read_idx(path):
     """The uint8 tensor in an IDX file, raw or .gz, of the shape that its header gives. Raises Fault if damaged."""
     try:
-        raw = (gzip.open if path.suffix == ".gz" else open)(path, "rb").read()
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         shape = np.frombuffer(raw, ">u4", count=raw[3], offset=4)
         return torch.from_numpy(np.frombuffer(raw, {8: np.uint8}[raw[2]], offset=4 + 4 * raw[3]).reshape(shape).copy())
     except Exception as error:  # each way of being damaged raises its own kind
@@ -208,7 +208,7 @@ def load_idx(dataset, data_dir, img_size, background, test=False):
     folders = [data_dir / source.__name__ / "raw", data_dir / dataset, data_dir]  # the first is torchvision's
     folders += Path("/usr/share/datasets").glob(f"{dataset}*")  # Debian's; not fashion-mnist for mnist
     arrays = []
-    for name, md5 in source.resources[2 * test :][:2]:  # images, labels
+    for name, md5 in source.resources[2:] if test else source.resources[:2]:  # images, labels
         places = [folder / file for folder in folders for file in (name.removesuffix(".gz"), name)]
         path = next((place for place in places if place.is_file()), folders[0] / name)
         if not path.exists():
@@ -262,7 +262,7 @@ def read_picture(file, size, background):
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 def load_folder(dataset, data_dir, img_size, background):
-    """All pictures below data_dir but runs and hidden ones; sub-folders, by name: labels 0, 1, ...; grey: 1 channel."""
+    """Pictures below data_dir, not hidden, not of a run. Sub-folders, by name: labels 0, 1, ...; grey: 1 channel."""
     folder, size = data_dir if dataset == "folder" else data_dir / dataset, img_size or 64
     names = sorted(os.path.join(top, name) for top, _, files in os.walk(folder, followlinks=True) for name in files)
     runs = tuple(name.removesuffix("args.json") for name in names if name.endswith(f"{os.sep}args.json"))  # no data
@@ -274,14 +274,14 @@ def load_folder(dataset, data_dir, img_size, background):
         raise Fault(f"{dataset}: no png, jpg, webp, gif or bmp in {folder}, runs apart: {todo}, or change --data-dir.")
     tops = [os.path.relpath(name, folder).rpartition(os.sep)[0].split(os.sep)[0] for name in names]
     labels = torch.from_numpy(np.unique(tops, return_inverse=True)[1]) if len(set(tops)) > 1 else None
-    if 3 * (grey := len(names) * size * size) <= RESIDENT:  # in bytes; grey: if no picture has a colour
+    if 3 * len(names) * size**2 <= RESIDENT:
         pixels = np.frombuffer(decode(names, size, background, io.BytesIO()).getbuffer(), np.uint8)
-        return Data(torch.from_numpy(pixels.reshape(len(names), -1, size, size)), labels)
-    stats = [(os.path.relpath(name, folder), os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in names]
-    cache = folder / f"decoded-{hashlib.md5(repr((size, background, stats)).encode()).hexdigest()}.raw"
-    if not cache.exists() or cache.stat().st_size not in (grey, 3 * grey):  # not there, or damaged
-        save_atomically(cache, partial(decode, names, size, background))
-    pixels = np.memmap(cache, np.uint8, "c")  # read page by page, never written
+    else:
+        stats = [(os.path.relpath(name, folder), os.stat(name).st_size, os.stat(name).st_mtime_ns) for name in names]
+        cache = folder / f"decoded-{hashlib.md5(repr((size, background, stats)).encode()).hexdigest()}.raw"
+        if not cache.exists() or cache.stat().st_size not in (len(names) * size**2, 3 * len(names) * size**2):
+            save_atomically(cache, partial(decode, names, size, background))
+        pixels = np.memmap(cache, np.uint8, "c")  # read page by page, never written
     return Data(torch.from_numpy(pixels.reshape(len(names), -1, size, size)), labels)
 
 def decode(names, size, background, file, channels=1):

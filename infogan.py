@@ -118,7 +118,7 @@ def number(kind, low, high=math.inf):  # a type for argparse: an int or a float 
     return number
 
 def parse_args(argv=None, known=None):
-    """The flags: from argv, else from known, a Namespace, else their defaults."""
+    """The flags: argv wins over known, the Namespace of an older run, and that over the defaults."""
     parser = argparse.ArgumentParser(description="InfoGAN, arXiv 1606.03657. In brackets: the defaults.")
     count, share, amount = number(int, 1), number(float, 0, 1), number(float, 0, 1e9)
     groups = [parser.add_argument_group(name) for name in ("run", "data", "model", "optimiser", "information")]
@@ -149,7 +149,7 @@ def parse_args(argv=None, known=None):
     adam("--lr-d", type=share, default=5e-4, help="Adam's rate for D and Q (%(default)s)")
     adam("--betas", type=number(float, 0, 0.9999), nargs=2, default=[0.5, 0.999], help="Adam's decay rates (0.5 0.999)")
     adam("--adam-eps", type=number(float, 1e-20, 1), default=1e-8, help="Adam's epsilon (%(default)s)")
-    adam("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: down to 0 (%(default)s)")
+    adam("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: towards 0 (%(default)s)")
     adam("--clip-grad-norm", type=amount, help="scale gradients down to this L2 norm, against jumps (off)")
     adam("--ema", type=share, default=0.999, help="decay of averages: G's for samples, D's for the test (0.999)")
     info("--categorical", type=number(int, 2, 250), nargs="+", default=[10], help="categories of each code (10)")
@@ -321,7 +321,7 @@ def train(args, run):
     try:
         for step in range(first + 1, last_step + 1):
             epoch, i = divmod(step - 1, steps_per_epoch)
-            epoch_ends, stopping = (i + 1 == steps_per_epoch), (step == last_step or bool(stop))
+            epoch_ends, stopping = (i + 1 == steps_per_epoch), (step == last_step or bool(stop))  # as of now
             logging = epoch_ends or stopping or step % args.log_every == 0
             fade = (1 + math.cos(math.pi * (step - 1) / last_step)) / 2 if args.lr_schedule == "cosine" else 1
             opt_g.param_groups[0]["lr"], opt_d.param_groups[0]["lr"] = args.lr_g * fade, args.lr_d * fade
@@ -338,7 +338,7 @@ def train(args, run):
             info_cat, info_cont = categorical_bound(warped, c, sizes), continuous_bound(guesses, c, sizes, variance)
             opt_d.zero_grad()
             (loss_d - args.info_weight_cat * info_cat - args.info_weight_cont * info_cont).backward()
-            if logging or args.clip_grad_norm:  # up to inf: only measured
+            if logging or args.clip_grad_norm:  # up to inf: measured, not changed
                 norm_d = nn.utils.clip_grad_norm_(D.parameters(), args.clip_grad_norm or math.inf)
             opt_d.step()
             # (2) G step: maximise log D(G(z, c)) + weight * L, same z and c, D and Q frozen. This L is logged
@@ -374,7 +374,7 @@ def train(args, run):
                 line += f"loss_g {row[1]:.3f} {row[6]:.0f} img/s {(last_step - step) / speed / 60:.1f} min left "
                 if sys.stdout.isatty() or epoch_ends:
                     print(line, end="\r" if sys.stdout.isatty() and not stopping else "\n", flush=True)
-            keeping = epoch_ends and bool(args.snapshot_every) and (epoch + 1) % args.snapshot_every == 0
+            keeping = epoch_ends and args.snapshot_every and (epoch + 1) % args.snapshot_every == 0
             saving = keeping or stopping or (epoch_ends and (epoch < 100 or step % 100 < steps_per_epoch))
             if saving or step % (args.sample_every or math.inf) == 0 or (epoch == 0 and step.bit_count() == 1):
                 save_png(out / f"samples/{step:06d}.png", grid(sample(G_ema, z_fixed)))  # update_bn: no better here
@@ -384,7 +384,7 @@ def train(args, run):
             if saving:  # after each epoch; from the 101st on, if epochs have under 100 steps, once in 100
                 rest = {k: part.state_dict() for k, part in parts.items()} | {"rng": torch.get_rng_state(), "log": log}
                 save_atomically(out / "checkpoint.pt", state | rest | {"z_fixed": z_fixed, "cluster_error": error})
-                if step % 100 < steps_per_epoch:  # at most once in 100 steps: drawing takes as long as many steps
+                if step % 100 < steps_per_epoch and not stopping:  # once in each 100: it takes as long as many steps
                     save_plots(out, log)
             if stopping:
                 break
@@ -397,7 +397,7 @@ def train(args, run):
     print(f"Step {step} of {max(step, last_step)}. Look at {out}/samples.gif, traversal.png and losses.png.")
 
 def main(argv=None):
-    """Run the script. Returns the exit code: 2 for bad use, 1 for a fault, told in a sentence over the status line."""
+    """Run the script. Returns the exit code: 2 for bad use, 1 for a fault, told in a line that replaces the status."""
     try:
         args, run = open_run(parse_args(argv), argv)
         return (generate if args.sample else train)(args, run) or 0  # neither returns anything

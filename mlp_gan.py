@@ -5,11 +5,11 @@ to be real. D learns to tell pictures of the data, x, from G's; G learns to make
     D maximises  log D(x) + log(1 - D(G(z)))    loss_d = -mean log D(x) - mean log(1 - D(G(z)))
     G maximises  log D(G(z))                    loss_g = -mean log D(G(z))       (--loss nonsaturating)
     or minimises log(1 - D(G(z)))               loss_g = mean log(1 - D(G(z)))   (--loss minimax)
-The theory uses minimax. But while D sees through G, the slope of log(1 - D) in D's logit, -D(G(z)), is near 0: G learns
-little. That of -log D is near -1. At equilibrium D(x) = 1/2, right half the time, and loss_d = 2 ln 2 = 1.386.
+The theory uses minimax. But while D sees through G, D(G(z)) is near 0, and so is -D(G(z)), the slope of log(1 - D) in
+D's logit: G learns little. That of -log D, D(G(z)) - 1, is near -1. At equilibrium D = 1/2 and loss_d = 2 ln 2 = 1.386.
     python mlp_gan.py                           # the built-in digits, no download
     python mlp_gan.py --dataset mnist --epochs 20
-Batch norm in place of dropout breaks it: after epoch 3 D(G(z)) is 0.005, not 0.5; D's last gradients 4e-4, not 0.05:
+Batch norm for dropout fails: after epoch 3 D(G(z)) is 0.005, not 0.5; gradients in D's last layer are 4e-4, not 0.05:
     python mlp_gan.py --dataset mnist --img-size 64 --hidden 512 512 512 --norm batch --dropout 0 --out runs/bn
     python mlp_gan.py --dataset mnist --img-size 64 --hidden 512 512 512 --norm dropout --out runs/dropout
 Where this differs from the paper: LeakyReLU, not ReLU in G and maxout in D; Adam, not momentum; z is normal, and the
@@ -35,8 +35,8 @@ from common import save_history, save_pictures, save_png, to_batch
 class Generator(nn.Sequential):
     """z (B, latent_dim) -> image (B, img_channels, img_size, img_size) in [-1, 1]."""
     def __init__(self, latent_dim=100, img_size=28, img_channels=1, hidden=(256, 512), norm="none", dropout=0.0):
-        layers, shape = blocks([latent_dim, *hidden], norm, dropout), (img_channels, img_size, img_size)  # (B, 512)
-        super().__init__(*layers, nn.Linear(hidden[-1], math.prod(shape)), nn.Tanh(), nn.Unflatten(1, shape))
+        layers = [*blocks([latent_dim, *hidden], norm, dropout), nn.Linear(hidden[-1], img_channels * img_size**2)]
+        super().__init__(*layers, nn.Tanh(), nn.Unflatten(1, (img_channels, img_size, img_size)))  # from (B, 784)
 
 class Discriminator(nn.Sequential):
     """image (B, img_channels, img_size, img_size) -> logit l (B,) of D(x) = sigmoid(l): G's mirror image."""
@@ -67,7 +67,7 @@ def number(kind, low, high=math.inf):  # a type for argparse: an int or a float 
     return number
 
 def parse_args(argv=None, known=None):
-    """The flags: from argv, else from known, a Namespace, else their defaults."""
+    """The flags: argv wins over known, the Namespace of an older run, and that over the defaults."""
     parser = argparse.ArgumentParser(description="The first GAN, arXiv 1406.2661. In brackets: the defaults.")
     count, share, amount = number(int, 1), number(float, 0, 1), number(float, 0, 1e9)
     groups = [parser.add_argument_group(name) for name in ("run", "data", "model", "optimiser", "tricks")]
@@ -99,7 +99,7 @@ def parse_args(argv=None, known=None):
     adam("--lr-d", type=share, default=5e-4, help="Adam's rate for D (%(default)s)")
     adam("--betas", type=number(float, 0, 0.9999), nargs=2, default=[0.0, 0.99], help="Adam's decay rates (0 0.99)")
     adam("--adam-eps", type=number(float, 1e-20, 1), default=1e-8, help="Adam's epsilon (%(default)s)")
-    adam("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: down to 0 (%(default)s)")
+    adam("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: towards 0 (%(default)s)")
     adam("--clip-grad-norm", type=amount, help="scale gradients down to this L2 norm, against jumps (off)")
     adam("--ema", type=share, default=0.999, help="decay of the average of G that is sampled; 0: G's own (0.999)")
     adam("--d-steps", type=count, default=1, help="D updates a step (%(default)s)")
@@ -147,7 +147,7 @@ def build(args):
     return Generator(args.latent_dim, *shape, dropout if args.norm == "dropout" else 0), Discriminator(*shape, dropout)
 
 def save_plots(out, log, gradients):
-    """losses.png: log's curves; gradients.png: the gradients of D's last layer, (epochs, weights), by size."""
+    """losses.png from log, lines of CSV; gradients.png: the sizes of gradients, (epochs, weights of D's last layer)."""
     log = np.atleast_1d(np.genfromtxt(log, delimiter=",", names=True))
     figure, n = Figure(figsize=(13, 3.8), layout="constrained"), len(log) // 40 + 1  # rows in the running mean
     panels = [("loss_d loss_g", "Loss", "loss", {})]
@@ -213,7 +213,7 @@ def train(args, run):
     try:
         for step in range(first + 1, last_step + 1):
             epoch, i = divmod(step - 1, steps_per_epoch)
-            epoch_ends, stopping = (i + 1 == steps_per_epoch), (step == last_step or bool(stop))
+            epoch_ends, stopping = (i + 1 == steps_per_epoch), (step == last_step or bool(stop))  # as of now
             logging = epoch_ends or stopping or step % args.log_every == 0
             fade = (1 + math.cos(math.pi * (step - 1) / last_step)) / 2 if args.lr_schedule == "cosine" else 1
             opt_g.param_groups[0]["lr"], opt_d.param_groups[0]["lr"] = args.lr_g * fade, args.lr_d * fade
@@ -227,7 +227,7 @@ def train(args, run):
                 loss_d = discriminator_loss(logits_real, logits_fake, args.label_smoothing)
                 opt_d.zero_grad()
                 loss_d.backward()
-                if logging or args.clip_grad_norm:  # up to inf: only measured
+                if logging or args.clip_grad_norm:  # up to inf: measured, not changed
                     norm_d = nn.utils.clip_grad_norm_(D.parameters(), args.clip_grad_norm or math.inf)
                 opt_d.step()
             # (2) G step: maximise log D(G(z)) for the same z; the gradient passes through D, whose weights are frozen
@@ -262,7 +262,7 @@ def train(args, run):
                 line += f"loss_g {row[1]:.3f} {row[6]:.0f} img/s {(last_step - step) / speed / 60:.1f} min left "
                 if sys.stdout.isatty() or epoch_ends:
                     print(line, end="\r" if sys.stdout.isatty() and not stopping else "\n", flush=True)
-            keeping = epoch_ends and bool(args.snapshot_every) and (epoch + 1) % args.snapshot_every == 0
+            keeping = epoch_ends and args.snapshot_every and (epoch + 1) % args.snapshot_every == 0
             saving = keeping or stopping or (epoch_ends and (epoch < 100 or step % 100 < steps_per_epoch))
             if saving or step % (args.sample_every or math.inf) == 0 or (epoch == 0 and step.bit_count() == 1):
                 update_bn(z_fixed.split(128), G_ema)  # batch norm's statistics anew: those copied fit G's own weights
@@ -273,7 +273,7 @@ def train(args, run):
             if saving:  # after each epoch; from the 101st on, if epochs have under 100 steps, once in 100
                 rest = {k: part.state_dict() for k, part in parts.items()} | {"rng": torch.get_rng_state(), "log": log}
                 save_atomically(out / "checkpoint.pt", state | rest | {"z_fixed": z_fixed, "gradients": gradients})
-                if step % 100 < steps_per_epoch:  # at most once in 100 steps: drawing takes as long as many steps
+                if step % 100 < steps_per_epoch and not stopping:  # once in each 100: it takes as long as many steps
                     save_plots(out, log, gradients)
             if stopping:
                 break
@@ -284,7 +284,7 @@ def train(args, run):
     print(f"Step {step} of {max(step, last_step)}. Look at {out}/samples.gif, losses.png and gradients.png.")
 
 def main(argv=None):
-    """Run the script. Returns the exit code: 2 for bad use, 1 for a fault, told in a sentence over the status line."""
+    """Run the script. Returns the exit code: 2 for bad use, 1 for a fault, told in a line that replaces the status."""
     try:
         args, run = open_run(parse_args(argv), argv)
         return (generate if args.sample else train)(args, run) or 0  # neither returns anything

@@ -133,7 +133,7 @@ def number(kind, low, high=math.inf):  # a type for argparse: an int or a float 
     return number
 
 def parse_args(argv=None, known=None):
-    """The flags: from argv, else from known, a Namespace, else their defaults."""
+    """The flags: argv wins over known, the Namespace of an older run, and that over the defaults."""
     parser = argparse.ArgumentParser(description="WGAN-GP, arXiv 1704.00028. In brackets: the defaults.")
     count, share, amount = number(int, 1), number(float, 0, 1), number(float, 0, 1e9)
     groups = [parser.add_argument_group(name) for name in ("run", "data", "model", "optimiser", "Lipschitz constraint")]
@@ -166,7 +166,7 @@ def parse_args(argv=None, known=None):
     adam("--lr-d", type=share, help="rate for D (0.001 with gp, else 0.0002)")
     adam("--betas", type=number(float, 0, 0.9999), nargs=2, default=[0.0, 0.9], help="Adam's decay rates (0 0.9)")
     adam("--adam-eps", type=number(float, 1e-20, 1), default=1e-8, help="epsilon of Adam or RMSprop (%(default)s)")
-    adam("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: down to 0 (%(default)s)")
+    adam("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: towards 0 (%(default)s)")
     adam("--clip-grad-norm", type=amount, help="scale gradients down to this L2 norm, against jumps (off)")
     adam("--ema", type=share, default=0.999, help="decay of the average of G that is sampled; 0: G's own (0.999)")
     lipschitz("--lipschitz", choices=["gp", "clip", "spectral"], default="gp", help="what bounds the slope of D (gp)")
@@ -285,7 +285,7 @@ def train(args, run):
     try:
         for step in range(first + 1, last_step + 1):
             epoch, i = divmod(step - 1, steps_per_epoch)
-            epoch_ends, stopping = (i + 1 == steps_per_epoch), (step == last_step or bool(stop))
+            epoch_ends, stopping = (i + 1 == steps_per_epoch), (step == last_step or bool(stop))  # as of now
             logging = epoch_ends or stopping or step % args.log_every == 0
             fade = (1 + math.cos(math.pi * (step - 1) / last_step)) / 2 if args.lr_schedule == "cosine" else 1
             opt_g.param_groups[0]["lr"], opt_d.param_groups[0]["lr"] = args.lr_g * fade, args.lr_d * fade
@@ -302,7 +302,7 @@ def train(args, run):
                         loss_d = loss_d + args.gp_weight * gradient_penalty(D, x_real, x_fake)
                 opt_d.zero_grad()
                 loss_d.backward()
-                if logging or args.clip_grad_norm:  # up to inf: only measured
+                if logging or args.clip_grad_norm:  # up to inf: measured, not changed
                     norm_d = nn.utils.clip_grad_norm_(D.parameters(), args.clip_grad_norm or math.inf)
                 opt_d.step()
                 for weight in D.parameters() if args.lipschitz == "clip" else ():
@@ -342,7 +342,7 @@ def train(args, run):
                 line += f"{row[5]:.3f} {row[4]:.0f} img/s {(last_step - step) / speed / 60:.1f} min left "
                 if sys.stdout.isatty() or epoch_ends:
                     print(line, end="\r" if sys.stdout.isatty() and not stopping else "\n", flush=True)
-            keeping = epoch_ends and bool(args.snapshot_every) and (epoch + 1) % args.snapshot_every == 0
+            keeping = epoch_ends and args.snapshot_every and (epoch + 1) % args.snapshot_every == 0
             saving = keeping or stopping or (epoch_ends and (epoch < 100 or step % 100 < steps_per_epoch))
             if saving or step % (args.sample_every or math.inf) == 0 or (epoch == 0 and step.bit_count() == 1):
                 update_bn(z_fixed.split(128), G_ema)  # batch norm's statistics anew: those copied fit G's own weights
@@ -353,7 +353,7 @@ def train(args, run):
             if saving:  # after each epoch; from the 101st on, if epochs have under 100 steps, once in 100
                 rest = {k: part.state_dict() for k, part in parts.items()} | {"rng": torch.get_rng_state(), "log": log}
                 save_atomically(out / "checkpoint.pt", state | rest | {"z_fixed": z_fixed})
-                if step % 100 < steps_per_epoch:  # at most once in 100 steps: drawing takes as long as many steps
+                if step % 100 < steps_per_epoch and not stopping:  # once in each 100: it takes as long as many steps
                     save_plots(out, log)
             if stopping:
                 break
@@ -364,7 +364,7 @@ def train(args, run):
     print(f"Step {step} of {max(step, last_step)}. Look at {out}/samples.gif and losses.png.")
 
 def main(argv=None):
-    """Run the script. Returns the exit code: 2 for bad use, 1 for a fault, told in a sentence over the status line."""
+    """Run the script. Returns the exit code: 2 for bad use, 1 for a fault, told in a line that replaces the status."""
     try:
         args, run = open_run(parse_args(argv), argv)
         return (generate if args.sample else train)(args, run) or 0  # neither returns anything
