@@ -302,7 +302,7 @@ def train(args, run):
     try:
         for step in range(first + 1, last_step + 1):
             epoch, i = divmod(step - 1, steps_per_epoch)
-            epoch_ends, stopping = (i + 1 == steps_per_epoch), (step == last_step or bool(stop))  # as of now
+            epoch_ends, stopping = (i + 1 == steps_per_epoch), (step == last_step or bool(stop))  # bool: the list may grow in this step
             logging = epoch_ends or stopping or step % args.log_every == 0
             fade = (1 + math.cos(math.pi * (step - 1) / last_step)) / 2 if args.lr_schedule == "cosine" else 1
             opt_g.param_groups[0]["lr"], opt_d.param_groups[0]["lr"] = args.lr_g * fade, args.lr_d * fade
@@ -317,7 +317,7 @@ def train(args, run):
                 sign = torch.where(torch.rand(2, batch_size, device=device) < args.flip_labels, -1, 1)  # -1: wrong
                 seen_real, seen_fake = sign[0] * logits_real, sign[1] * logits_fake  # -l: logit of the other label
                 loss_d = discriminator_loss(seen_real, seen_fake, args.loss, args.label_smoothing)
-                penalty = r1 / 2 * r1_penalty(logits_real, x_real) if r1 else 0  # in their grad_norm_d, not in loss_d
+                penalty = r1 / 2 * r1_penalty(logits_real, x_real) if r1 else 0  # in grad_norm_d, not in loss_d
                 opt_d.zero_grad()
                 (loss_d + penalty).backward()
                 if logging or args.clip_grad_norm:  # up to inf: measured, not changed
