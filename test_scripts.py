@@ -49,10 +49,6 @@ TINY = {
     "wgan_gp": ["--hidden-channels", "4", "8", "--depth", "1", "--latent-dim", "8", "--critic-steps", "1"],
     "infogan": ["--hidden-channels", "4", "8", "--hidden", "16", "--latent-dim", "8"],
 }
-COMMON_FLAGS = ["dataset", "data_dir", "classes", "background", "img_size"]
-COMMON_FLAGS += ["epochs", "max_steps", "batch_size", "seed", "device", "precision", "compile", "out", "overwrite"]
-COMMON_FLAGS += ["resume", "sample", "log_every", "sample_every", "snapshot_every", "latent_dim", "lr_g", "lr_d"]
-COMMON_FLAGS += ["betas", "adam_eps", "lr_schedule", "clip_grad_norm", "ema"]
 METRICS = ["epoch", "step", "loss_d", "loss_g", "d_real", "d_fake", "grad_norm_d", "grad_norm_g", "images_per_second"]
 OWN = {
     "mlp_gan": ["acc_real", "acc_fake"],
@@ -265,8 +261,15 @@ def test_help_names_every_flag_and_what_it_is_for(script, capsys):
         assert re.search(rf"^  {flag}( \S.*?)?(  +|\n {{10,}})\S", said, re.MULTILINE), flag
     _, *texts = re.split(r"^  (?=--)", said, flags=re.MULTILINE)
     assert len(texts) == len(flags)
+    defaults = vars(script.parse_args([])) | {"out": None}  # which has a name in capitals there
     for text in texts:  # with its default, but for switches, and N pictures
+        text = " ".join(text.split("\n\n")[0].split())  # without the next group's title
         assert re.match(r"--(compile|overwrite|resume|sample|diffaugment) ", text) or "(" in text, text
+        default = defaults[re.match("--([a-z0-9-]+)", text)[1].replace("-", "_")]
+        if default:  # 0 may be called off
+            values = default if isinstance(default, list) else [default]
+            told = " ".join(value if isinstance(value, str) else f"{value:g}" for value in values)
+            assert re.search(rf"\((.* )?{re.escape(told)}( .*)?\)$", text), text
 
 
 def test_every_flag_is_read(script):
@@ -282,10 +285,12 @@ def test_every_flag_is_read(script):
     assert flags <= read, f"never read: {sorted(flags - read)}"
 
 
-def test_the_common_flags_are_there(script):
-    flags = vars(script.parse_args([]))
-    for name in COMMON_FLAGS:
-        assert name in flags
+def test_the_flags_that_all_scripts_share_come_in_one_order():
+    flags = [list(vars(importlib.import_module(name).parse_args([]))) for name in TINY]
+    shared = set.intersection(*map(set, flags))
+    assert len(shared) == 28
+    orders = [[name for name in names if name in shared] for names in flags]
+    assert orders == [orders[0]] * 4
 
 
 # Runs: resuming, stopping, faults
@@ -316,6 +321,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(script, pictures, first):
     run_on_pictures(script, pictures, "whole", "--epochs", 2)
     run_on_pictures(script, pictures, "parts", *first)
     torch.manual_seed(123)
+    common.epoch_order.cache_clear()  # as in a new process
     assert script.main(["--out", "parts", "--resume", "--epochs", "2", "--max-steps", "1000"]) == 0
     assert [row["step"] for row in log("whole")] == ["2", "3", "4", "6"]
     same_run("whole", "parts")
@@ -360,7 +366,7 @@ def test_resume_of_a_finished_run_changes_nothing(script, pictures, capsys, flag
     assert f"Step {step} of {step}." in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flag", ["--latent-dim 9", "--seed 5", "--dataset digits", "--lr-g 0.1", "--overwrite"])
+@pytest.mark.parametrize("flag", ["--latent-dim 9", "--seed 5", "--dataset digits", "--lr-g 0.1"])
 def test_resume_refuses_a_flag_that_contradicts_the_run(script, copy_one_step, capsys, flag):
     copy_one_step(script)
     capsys.readouterr()
@@ -399,7 +405,7 @@ def test_nothing_that_is_not_of_a_run_is_deleted(script, pictures, flags):
 
 
 @pytest.mark.parametrize("lost", ["samples/000000.png", "checkpoint.pt"])
-def test_overwrite_leaves_nothing_of_the_old_run(script, pictures, copy_one_step, monkeypatch, lost):
+def test_overwrite_takes_all_of_the_old_run_and_nothing_else(script, pictures, copy_one_step, monkeypatch, lost):
     copy_one_step(script)
     script.main(["--out", "r", "--sample", "1"])
     old = ["samples/000007.png", "generators/epoch_007.pt", "generated.png", "generated/00000.png"]
@@ -407,12 +413,14 @@ def test_overwrite_leaves_nothing_of_the_old_run(script, pictures, copy_one_step
     own = {"dcgan": ["interpolation.gif"], "infogan": ["factors.png", "traversal.png", "traversal.gif"]}
     old += own.get(script.__name__, [])
     Path("r/generators").mkdir()
-    for name in old:
+    mine = ["samples/cat.png", "generated/cat.png", "generators/notes.txt"]
+    for name in old + mine:
         Path("r", name).write_bytes(b"old")
     Path("r", lost).unlink()
     monkeypatch.setattr(script, "generator_loss", lambda logits, *_: logits.mean() * math.nan)  # no clean end either
     assert run_on_pictures(script, pictures, "r", "--max-steps", 1, "--overwrite") == 1
     assert not any(Path("r", name).exists() for name in [*old, "checkpoint.pt"])
+    assert all(Path("r", name).exists() for name in mine)
 
 
 @pytest.mark.parametrize("told", ["[enforce fail at alloc_cpu.cpp:127] CPUAllocator: can't allocate memory", ""])
@@ -725,23 +733,23 @@ def test_a_wrong_flag_exits_with_2(script, capsys, flags, word):
     with pytest.raises(SystemExit) as stop:
         script.main(flags)
     assert stop.value.code == 2
-    assert word in capsys.readouterr().err
+    assert word in capsys.readouterr().err.splitlines()[-1]  # below the usage, which has all flags
     assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize(
-    ("flags", "word"),
+    ("flags", "word", "code"),
     [
-        (["--device", "cuda:99"], "cuda:99"),
-        (["--device", "toaster"], "toaster"),
-        (["--device", "hpu"], "hpu"),  # without its package an ImportError
-        (["--background", "greenish"], "greenish"),
-        (["--classes", "12"], "--classes"),
-        (["--dataset", "folder", "--data-dir", "nowhere"], "nowhere"),
+        (["--device", "cuda:99"], "cuda:99", 2),
+        (["--device", "toaster"], "toaster", 2),
+        (["--device", "hpu"], "hpu", 2),  # without its package an ImportError
+        (["--background", "greenish"], "greenish", 2),
+        (["--classes", "12"], "--classes", 2),
+        (["--dataset", "folder", "--data-dir", "nowhere"], "nowhere", 1),
     ],
 )
-def test_a_flag_that_does_not_fit_is_refused_in_one_sentence(script, digits, capsys, flags, word):
-    assert word in refusal(capsys, run(script, "--data-dir", digits, *flags))
+def test_a_flag_that_does_not_fit_is_refused_in_one_sentence(script, digits, capsys, flags, word, code):
+    assert word in refusal(capsys, run(script, "--data-dir", digits, *flags), [code])
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(script, digits, capsys):
@@ -766,10 +774,13 @@ def test_on_a_terminal_one_line_is_redrawn(script, pictures, capsys, monkeypatch
         assert len(line) < 80  # or a terminal would wrap it
 
 
-def test_a_fault_on_a_terminal_covers_the_status_line(script, pictures, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "told"), [(OSError(28, "Disk full"), "[Errno 28] Disk full: make room,"), (common.Fault("x"), "x ")]
+)
+def test_a_fault_on_a_terminal_covers_the_status_line(script, pictures, capsys, monkeypatch, error, told):
     def full(path, content):
         if path.name == "checkpoint.pt":
-            raise OSError(28, "No space left on device")
+            raise error
         save(path, content)
 
     save = script.save_atomically
@@ -779,7 +790,7 @@ def test_a_fault_on_a_terminal_covers_the_status_line(script, pictures, capsys, 
     out, said = capsys.readouterr()
     assert out.endswith("\r")
     assert len(said) > len(out.splitlines()[-1].rstrip())  # with its end of line
-    assert said.startswith(f"{script.__name__}.py: [Errno 28] No space left on device: make room,")
+    assert said.startswith(f"{script.__name__}.py: {told}")
 
 
 def test_a_copy_of_a_script_has_runs_of_its_own(script, pictures, capsys, tmp_path, monkeypatch):
@@ -825,14 +836,15 @@ def test_losses_png_has_the_losses_what_d_thinks_and_the_gradients(script, digit
 @draws_axes
 def test_the_dark_line_is_the_running_mean_of_a_fortieth_of_the_log(script, monkeypatch):
     columns = METRICS + sum(OWN.values(), [])
-    rows = [",".join([str(step), *[str(step % 3)] * (len(columns) - 1)]) for step in range(1, 81)]  # 1, 2, 0, 1, ...
+    rows = [",".join(["1", str(step), *[str(step % 3)] * (len(columns) - 2)]) for step in range(1, 81)]  # 1, 2, 0, ...
     drawn = []
-    monkeypatch.setattr(matplotlib.axes.Axes, "plot", lambda *values, **kwargs: drawn.append((values[-2], kwargs)))
+    monkeypatch.setattr(matplotlib.axes.Axes, "plot", lambda *values, **kwargs: drawn.append((values[-3:-1], kwargs)))
     monkeypatch.setattr(matplotlib.axes.Axes, "legend", lambda self: None)
     script.save_plots(Path(), [",".join(columns), *rows], *[torch.ones(1, 3)] * (script is mlp_gan))
     means = [values for values, more in drawn if "label" in more]
     assert len(means) > 3
-    assert all(values.tolist() == [1.0] * 78 for values in means)  # of 3 rows each
+    assert all(y.tolist() == [1.0] * 78 for _, y in means)  # of 3 rows each
+    assert all(x.tolist() == list(range(3, 81)) for x, _ in means)  # at the last of them
 
 
 @draws_axes
@@ -933,6 +945,7 @@ def test_after_a_hundred_short_epochs_few_are_saved(script, tmp_path, monkeypatc
     assert [int(stem) for stem in grids if stem != "real"] == steps
     assert [content["step"] for name, content in saved if name == "checkpoint.pt"] == steps[1:]
     assert [name for name, _ in saved if name.startswith("epoch")] == ["epoch_110.pt"]
+    assert {"log.csv", "args.json"} <= {name for name, _ in saved}  # whole or not there, too
 
 
 def test_g_step_freezes_d(script, pictures, monkeypatch):
@@ -950,11 +963,29 @@ def test_g_step_freezes_d(script, pictures, monkeypatch):
     assert forwards[: len(d_step) + 1] == [*d_step, (True, {False})]  # then fake for G
 
 
-def test_the_seed_decides(script, pictures):
+def test_the_seed_decides_weights_fixed_noise_and_order(script, pictures, monkeypatch):
+    seeds, order = set(), script.epoch_order
+    monkeypatch.setattr(script, "epoch_order", lambda *args: seeds.add(args[2]) or order(*args))
     for out, seed in (("a", 1), ("b", 1), ("c", 2)):
-        run_on_pictures(script, pictures, out, "--epochs", 1, "--seed", seed)
+        run_on_pictures(script, pictures, out, "--epochs", 1, "--seed", seed, "--lr-g", 0)  # G's first weights stay
+        assert seeds == {seed}
+        seeds.clear()
     same_run("a", "b")
-    assert log("a")[0]["loss_g"] != log("c")[0]["loss_g"]
+    one, two = checkpoint("a"), checkpoint("c")
+    assert not torch.equal(one["z_fixed"][:, :8], two["z_fixed"][:, :8])  # infogan.py's codes apart
+    for name, value in one["G"].items():
+        assert value.dim() < 2 or not torch.equal(value, two["G"][name]), name
+
+
+def test_each_precision_is_that_of_the_networks_and_weights_stay_in_float32(script, pictures, monkeypatch):
+    seen, forward = set(), judge(script).forward
+    monkeypatch.setattr(judge(script), "forward", lambda self, x: seen.add(x.dtype) or forward(self, x))
+    for precision, dtypes in (("fp32", {torch.float32}), ("bf16", {torch.float32, torch.bfloat16})):  # x, G(z)
+        flags = ["--precision", precision, "--device", "cpu", "--max-steps", 1]
+        assert run_on_pictures(script, pictures, precision, *flags) == 0
+        assert seen == dtypes
+        assert json.loads(Path(precision, "args.json").read_text())["on"] == f"cpu, {precision}"
+        assert {value.dtype for value in checkpoint(precision)["G"].values()} <= {torch.float32, torch.int64}
 
 
 @pytest.mark.parametrize(
@@ -1163,14 +1194,6 @@ def test_losses_against_hand_computed_numbers(script):
     assert far.grad.item() == -1  # no vanishing gradient while D is sure
 
 
-def test_dcgan_keeps_its_weights_in_float32(pictures):
-    for precision, words in (("fp32", "cpu, fp32"), ("bf16", "cpu, bf16")):
-        flags = ["--precision", precision, "--device", "cpu", "--max-steps", 1]
-        assert run_on_pictures(dcgan, pictures, precision, *flags) == 0
-        assert json.loads(Path(precision, "args.json").read_text())["on"] == words
-        assert {value.dtype for value in checkpoint(precision)["G"].values()} <= {torch.float32, torch.int64}
-
-
 def test_dcgan_depth_and_width_default_to_the_image_size(digits):
     flags = ["--data-dir", digits, "--max-steps", "1", "--batch-size", "4", "--classes", "1"]
     for size, depth, hidden in (("28", 2, [16, 32]), ("64", 1, [32, 64, 128])):
@@ -1186,10 +1209,16 @@ def kinds(network):
     return [type(layer).__name__ for layer in getattr(network, "layers", network)]
 
 
+def built(flags, depth=1):
+    """The networks of dcgan.py for pictures of 28x28, by its flags."""
+    args = dcgan.parse_args(f"--latent-dim 7 --hidden-channels 4 8 --depth {depth} {flags}".split())
+    args.img_size, args.img_channels = 28, 1
+    return dcgan.build(args)
+
+
 @pytest.mark.parametrize("kernel_size", [3, 4, 5])
 def test_kernel_size(kernel_size):
-    G = dcgan.Generator(7, 28, 1, [4, 8], kernel_size=kernel_size)
-    D = dcgan.Discriminator(28, 1, [4, 8], kernel_size=kernel_size)
+    G, D = built(f"--kernel-size {kernel_size}")
     strided = [layer for layer in [*G, *D] if getattr(layer, "stride", None) == (2, 2)]
     assert [layer.kernel_size for layer in strided] == [(kernel_size, kernel_size)] * 4
     assert G(torch.randn(2, 7)).shape == (2, 1, 28, 28)
@@ -1197,7 +1226,7 @@ def test_kernel_size(kernel_size):
 
 
 def test_upsample_nearest():
-    G = dcgan.Generator(7, 28, 1, [4, 8], upsample="nearest")
+    G, _ = built("--upsample nearest")
     assert kinds(G).count("UpsampleConv2d") == 2
     assert "ConvTranspose2d" not in kinds(G)
     assert {layer.kernel_size for layer in G if isinstance(layer, nn.Conv2d)} == {(3, 3)}
@@ -1217,7 +1246,7 @@ def test_upsampling_and_convolution_are_one_transposed_convolution():
 
 def test_depth_adds_convolutions_at_each_resolution():
     for depth in (1, 2, 3):
-        G, D = dcgan.Generator(7, 28, 1, [4, 8], depth=depth), dcgan.Discriminator(28, 1, [4, 8], depth=depth)
+        G, D = built("", depth)
         assert (kinds(G).count("Conv2d"), kinds(G).count("ConvTranspose2d")) == (2 * (depth - 1), 2)
         assert kinds(D).count("Conv2d") == 2 * depth
         assert kinds(D).count("BatchNorm2d") == 2 * depth - 1
@@ -1225,8 +1254,8 @@ def test_depth_adds_convolutions_at_each_resolution():
 
 
 def test_d_norm():
-    assert "BatchNorm2d" not in kinds(dcgan.Discriminator(28, 1, [4, 8], norm="none"))
-    D = dcgan.Discriminator(28, 1, [4, 8], norm="spectral")
+    assert "BatchNorm2d" not in kinds(built("--d-norm none")[1])
+    _, D = built("--d-norm spectral")
     assert "BatchNorm2d" not in kinds(D)
     for _ in range(50):
         D(torch.randn(2, 1, 28, 28))
@@ -1236,14 +1265,16 @@ def test_d_norm():
 
 
 def test_init():
-    D = dcgan.Discriminator(init="default")
-    assert abs(D[0].weight.std() - 0.02) > 0.02
-    assert (D[3].weight == 1).all()
+    for network in built("--init default"):
+        scales = [layer.weight for layer in network if isinstance(layer, nn.BatchNorm2d)]
+        assert all((weight == 1).all() for weight in scales)
+        weights = [layer.weight for layer in network if hasattr(layer, "weight") and layer.weight.dim() > 1]
+        assert abs(torch.cat([weight.flatten() for weight in weights]).std() - 0.02) > 0.02
 
 
 def test_dropout():
-    assert "Dropout" not in kinds(dcgan.Discriminator(28, 1, [4, 8]))
-    D = dcgan.Discriminator(28, 1, [4, 8], norm="none", dropout=0.3)
+    assert "Dropout" not in kinds(built("")[1])
+    _, D = built("--d-norm none --dropout 0.3")
     assert [layer.p for layer in D if isinstance(layer, nn.Dropout)] == [0.3, 0.3]
     x = torch.randn(2, 1, 28, 28)
     assert not torch.equal(D(x), D(x))
@@ -1255,8 +1286,8 @@ def test_hinge_loss_against_hand_computed_numbers():
     assert dcgan.generator_loss(fake, "hinge").item() == (3 - 0.25) / 2
 
 
-@pytest.mark.parametrize("loss", [mlp_gan.discriminator_loss, partial(dcgan.discriminator_loss, loss="bce")])
-def test_label_smoothing_is_one_sided_and_asks_for_less_than_certainty(loss):
+def test_label_smoothing_is_one_sided_and_asks_for_less_than_certainty():
+    loss = dcgan.discriminator_loss
     logits = torch.linspace(-6, 6, 2401)
     fake = torch.zeros(1)
     losses = torch.stack([loss(logit[None], fake, smoothing=0.1) for logit in logits])
@@ -1391,21 +1422,6 @@ def test_betas_adam_eps_and_schedule_reach_the_optimisers(script, pictures):
         assert checkpoint("cosine")[name]["param_groups"][0]["lr"] == pytest.approx(faded)
 
 
-def change(out, name="G"):
-    """The largest change of a weight from the start, for runs of one seed."""
-    torch.manual_seed(0)
-    networks = dict(zip("GD", dcgan.build(argparse.Namespace(**checkpoint(out)["args"])), strict=True))
-    after = checkpoint(out)[name]
-    return max((after[key] - value).abs().max().item() for key, value in networks[name].named_parameters())
-
-
-def test_clip_grad_norm(pictures):
-    for out, clip in (("free", 1e9), ("clipped", 1e-3)):
-        run_on_pictures(dcgan, pictures, out, "--max-steps", 1, "--adam-eps", 1, "--lr-g", 1, "--clip-grad-norm", clip)
-    assert 0 < change("clipped") < 1.1e-3  # with so large an eps Adam moves by about its rate times the gradient
-    assert change("free") > 10 * change("clipped")
-
-
 def test_every_step_is_clipped_and_not_only_those_that_are_logged(script, pictures, monkeypatch):
     norms, step = [], torch.optim.Adam.step
 
@@ -1416,7 +1432,7 @@ def test_every_step_is_clipped_and_not_only_those_that_are_logged(script, pictur
     monkeypatch.setattr(torch.optim.Adam, "step", spy)
     run_on_pictures(script, pictures, "r", "--max-steps", 2, "--log-every", 99, "--clip-grad-norm", 1e-3)
     assert len(norms) == 4
-    assert max(norms) < 1.1e-3
+    assert 0.9e-3 < min(norms) <= max(norms) < 1.1e-3
 
 
 def test_ema_averages_weights_with_a_decay_that_ramps_up(script, pictures, monkeypatch):
@@ -1501,7 +1517,7 @@ def test_r1_flattens_d_at_real_pictures(pictures):
     for weight in (0, 100):
         out = f"r{weight}"
         flags = ["--epochs", 5, "--r1", weight, "--d-norm", "none", "--init", "default", "--lr-d", 0.02, "--lr-g", 0]
-        run_on_pictures(dcgan, pictures, out, *flags)
+        run_on_pictures(dcgan, pictures, out, *flags, "--precision", "fp32")
         D = dcgan.build(argparse.Namespace(**checkpoint(out)["args"]))[1]
         D.load_state_dict(checkpoint(out)["D"])
         x = common.to_batch(common.load_data("folder", pictures, 8).images, torch.arange(24)).requires_grad_()
@@ -1539,17 +1555,10 @@ def test_noise_paths_close_and_pass_through_each_z():
 
 
 @draws_gifs
-def test_interpolation_gif_follows_the_flag(pictures):
-    for kind in ("linear", "slerp"):
-        run_on_pictures(dcgan, pictures, kind, "--max-steps", 1, "--interpolate", kind)
-        assert len(imageio.mimread(f"{kind}/interpolation.gif", memtest=False)) > 20
-    assert Path("linear/interpolation.gif").read_bytes() != Path("slerp/interpolation.gif").read_bytes()
-
-
-@draws_gifs
 def test_resume_along_another_path_changes_interpolation_gif_alone(pictures):
     run_on_pictures(dcgan, pictures, "r", "--epochs", 1)
     before, state = Path("r/interpolation.gif").read_bytes(), Path("r/checkpoint.pt").read_bytes()
+    assert len(imageio.mimread("r/interpolation.gif", memtest=False)) > 20
     assert dcgan.main(["--out", "r", "--resume", "--interpolate", "linear"]) == 0
     assert Path("r/interpolation.gif").read_bytes() != before
     assert Path("r/checkpoint.pt").read_bytes() == state
@@ -1565,17 +1574,17 @@ def test_dcgan_gives_in_to_a_full_disk_in_one_sentence(pictures, capsys):
     assert Path("r/checkpoint.pt").read_bytes() == before
 
 
-def test_a_full_disk_on_resume_leaves_the_log_and_the_flags_whole(script, copy_one_step, capsys):
+def test_a_full_disk_on_resume_leaves_the_log_whole(script, copy_one_step, capsys):
     copy_one_step(script)
     run = checkpoint("r")
     rows = run["log"] * 4000  # longer than a grid
     torch.save(run | {"log": rows}, "r/checkpoint.pt")
     Path("r/log.csv").write_text("\n".join(rows) + "\n")
-    before = [Path("r", name).read_bytes() for name in ("log.csv", "args.json")]
-    with full_disk(len(before[0]) - 1):
+    before = Path("r/log.csv").read_bytes()
+    with full_disk(len(before) - 1):
         said = refusal(capsys, script.main(["--out", "r", "--resume", "--epochs", "2"]), [1])
     assert "File too large" in said
-    assert [Path("r", name).read_bytes() for name in ("log.csv", "args.json")] == before
+    assert Path("r/log.csv").read_bytes() == before
 
 
 def test_overwrite_keeps_the_old_run_until_the_new_one_can_start(pictures):
@@ -1697,7 +1706,7 @@ def test_wgan_losses_against_hand_computed_numbers():
 
 @pytest.mark.parametrize("arch", ["conv", "resnet"])
 @pytest.mark.parametrize("norm", ["none", "layer"])
-@pytest.mark.parametrize("lipschitz", ["gp", "clip", "spectral"])
+@pytest.mark.parametrize("lipschitz", ["gp", "spectral"])  # clip: as gp
 def test_wgan_shapes_and_no_batch_norm_in_the_critic(arch, norm, lipschitz):
     args = wgan_gp.parse_args(["--arch", arch, "--critic-norm", norm, "--lipschitz", lipschitz, "--latent-dim", "7"])
     args.img_size, args.img_channels, args.hidden_channels, args.depth = 24, 2, [3, 4, 5], 2
@@ -1763,7 +1772,8 @@ def test_clipping_holds_every_weight_within_the_bound(pictures):
 
 
 def test_spectral_normalisation_holds_the_largest_singular_value_at_one(pictures):
-    run_on_pictures(wgan_gp, pictures, "r", "--epochs", 20, "--lipschitz", "spectral", "--lr-d", 1e-3)
+    flags = ["--epochs", 20, "--lipschitz", "spectral", "--lr-d", 1e-3, "--precision", "fp32"]
+    run_on_pictures(wgan_gp, pictures, "r", *flags)
     D = wgan_gp.build(argparse.Namespace(**checkpoint("r")["args"]))[1]
     D.load_state_dict(checkpoint("r")["D"])
     D.eval()
@@ -1774,9 +1784,10 @@ def test_spectral_normalisation_holds_the_largest_singular_value_at_one(pictures
 
 
 def test_gp_draws_the_slope_towards_one(pictures):
-    run_on_pictures(wgan_gp, pictures, "r", "--epochs", 40, "--lr-d", 5e-3, "--lr-g", 0, "--betas", 0, 0.9)
+    flags = ["--epochs", 40, "--lr-d", 5e-3, "--lr-g", 0, "--precision", "fp32"]
+    run_on_pictures(wgan_gp, pictures, "r", *flags, "--betas", 0, 0.9)
     assert 0.7 < float(log("r")[-1]["critic_grad_norm"]) < 1.3
-    run_on_pictures(wgan_gp, pictures, "s", "--epochs", 40, "--lr-d", 5e-3, "--lr-g", 0, "--gp-weight", 0)
+    run_on_pictures(wgan_gp, pictures, "s", *flags, "--gp-weight", 0)
     assert float(log("s")[-1]["critic_grad_norm"]) > 3
 
 
@@ -1801,7 +1812,7 @@ def test_the_estimates_of_w_are_of_pictures_and_fakes_that_d_was_not_just_fitted
     assert max(len(x) for x, _ in seen) <= 256  # all at once take ten times the memory of a batch
 
 
-def test_each_step_makes_exactly_critic_steps_updates_on_new_pictures_and_fresh_noise(pictures, monkeypatch):
+def test_each_step_makes_exactly_critic_steps_updates_on_fresh_noise(pictures, monkeypatch):
     seen, critic_loss, backward = [], wgan_gp.critic_loss, torch.Tensor.backward
     forward, fakes, with_gradient = wgan_gp.Generator.forward, [], []
 
@@ -1840,15 +1851,17 @@ def test_each_step_makes_exactly_critic_steps_updates_on_new_pictures_and_fresh_
     assert steps == {6}
 
 
-def test_held_out_pictures_are_never_trained_on(pictures, monkeypatch):
-    used, held = set(), []
+def test_each_critic_step_has_new_pictures_and_held_out_ones_are_never_trained_on(pictures, monkeypatch):
+    batches, held = [], []
 
     def to_batch(images, index, device):
-        (used.update if len(index) == 8 else held.append)(index.tolist())
+        (batches if len(index) == 8 else held).append(index.tolist())
         return common.to_batch(images, index, device)
 
     monkeypatch.setattr(wgan_gp, "to_batch", to_batch)
-    run_on_pictures(wgan_gp, pictures, "r", "--epochs", 3)
+    run_on_pictures(wgan_gp, pictures, "r", "--epochs", 3, "--critic-steps", 3)
+    used = set(sum(batches, []))
+    assert [len(set(sum(batches[i : i + 3], []))) for i in (0, 3, 6)] == [24] * 3  # an epoch is a step of three
     assert len(used) == 24
     assert {tuple(index) for index in held} == {tuple(held[0]), tuple(held[1])}  # for the two estimates of W
     assert set(held[0]) <= used
@@ -1857,9 +1870,10 @@ def test_held_out_pictures_are_never_trained_on(pictures, monkeypatch):
 
 def test_the_logged_penalty_is_that_of_the_loss_unweighted(pictures, monkeypatch):
     monkeypatch.setattr(wgan_gp, "critic_loss", lambda real, fake: 0 * (real.sum() + fake.sum()))
-    run_on_pictures(wgan_gp, pictures, "r", "--max-steps", 1, "--log-every", 1, "--lr-d", 0, "--precision", "fp32")
-    (row,) = log("r")  # but for other points between real and fake
-    assert 10 * float(row["gradient_penalty"]) == pytest.approx(float(row["loss_d"]), rel=0.05)
+    monkeypatch.setattr(wgan_gp, "slopes", lambda *_: torch.tensor([0.0, 2.0] * 4))
+    run_on_pictures(wgan_gp, pictures, "r", "--max-steps", 1, "--log-every", 1)
+    (row,) = log("r")
+    assert [float(row[name]) for name in ("gradient_penalty", "critic_grad_norm", "loss_d")] == [1, 1, 10]
 
 
 def test_the_slope_that_is_logged_does_not_go_through_the_compiled_critic(pictures, monkeypatch):
@@ -1962,7 +1976,6 @@ def test_the_codes_of_the_grid_do_not_depend_on_the_networks(pictures):
         run_on_pictures(infogan, pictures, f"r{width}", "--max-steps", 1, "--hidden-channels", width)
         z.append(checkpoint(f"r{width}")["z_fixed"])
     assert torch.equal(*z)
-    assert z[0].unique(dim=0).shape == z[0].shape  # each cell has its own noise and numbers
 
 
 def test_the_bounds_split_guesses_and_codes_in_the_same_order():
@@ -2168,11 +2181,13 @@ def test_what_codes_mean_is_measured_with_an_average_of_d(pictures, monkeypatch)
 
 
 def test_a_resumed_run_logs_the_error_that_was_measured_last(digits):
-    flags = ["--data-dir", digits, "--log-every", 50]
-    run(infogan, *flags, "--max-steps", 110, "--out", "whole")  # 42 steps an epoch: measured after the first
-    run(infogan, *flags, "--max-steps", 90, "--out", "parts")
+    flags = ["--data-dir", digits, "--log-every", 10, "--batch-size", 26]  # measured after an epoch: 103 steps
+    run(infogan, *flags, "--max-steps", 110, "--out", "whole")
+    run(infogan, *flags, "--max-steps", 105, "--out", "parts")
     assert infogan.main(["--out", "parts", "--resume", "--max-steps", "110"]) == 0
     same_run("whole", "parts")
+    first, *_, last = log("whole")
+    assert first["cluster_error"] != last["cluster_error"]
 
 
 def test_q_meets_real_pictures_with_their_own_batch_norm_statistics(digits):
@@ -2184,16 +2199,24 @@ def test_q_meets_real_pictures_with_their_own_batch_norm_statistics(digits):
     assert not D.training
 
 
-def test_a_run_measures_the_average_of_d_in_eval_mode(digits, monkeypatch):
-    modes = []
+def test_a_run_measures_the_average_of_d_in_eval_mode_on_pictures_that_are_not_trained_on(pictures, monkeypatch):
+    modes, sets, used = [], [], set()
 
-    def measure(D, *_):
+    def measure(D, data, training, held_out, *_):
         modes.append((D.training, isinstance(D, AveragedModel)))
+        sets.append((set(training.tolist()), set(held_out.tolist())))
         return 0.5
 
+    def to_batch(images, index, device):
+        used.update(index.tolist())
+        return common.to_batch(images, index, device)
+
     monkeypatch.setattr(infogan, "measure", measure)
-    run(infogan, "--data-dir", digits, "--max-steps", 1)
-    assert modes == [(False, True)] * 2  # before the first step, and at the end
+    monkeypatch.setattr(infogan, "to_batch", to_batch)
+    run_on_pictures(infogan, pictures, "r", "--epochs", 35)  # of 3 steps each
+    assert modes == [(False, True)] * 3  # before the first step, at step 102, and at the end
+    assert sets == [(used, set(range(26)) - used)] * 3
+    assert len(used) == 24
 
 
 @draws_axes
@@ -2305,13 +2328,34 @@ def test_digits_show_the_factors_that_they_say():
         return torch.corrcoef(torch.stack([a, b]))[0, 1].item()
 
     centre_x, centre_y = (x.sum(1) @ place) / mass, (x.sum(2) @ place) / mass
-    assert correlation(centre_x, data.factors["shift_x"]) > 0.7
-    assert correlation(centre_y, data.factors["shift_y"]) > 0.7
+    for centre, shift in ((centre_x, "shift_x"), (centre_y, "shift_y")):
+        variances = torch.stack([centre, data.factors[shift]]).cov()
+        assert variances[0, 1] / variances[1, 1] == pytest.approx(1, abs=0.1)  # in pixels
     assert correlation(mass, data.factors["thickness"]) > 0.6
     assert correlation((x > 60).any(2).sum(1).float(), data.factors["scale"]) > 0.6
     lean = ((x * (place - centre_x[:, None])[:, None, :] * (place - centre_y[:, None])[:, :, None]).sum((1, 2))) / mass
     assert correlation(lean, data.factors["rotation"]) < -0.3  # clockwise: the top goes right
     assert correlation(lean, data.factors["slant"]) < -0.3
+
+
+def test_rotation_is_in_degrees_and_slant_a_shear(monkeypatch):
+    def moments(rotation=0.5, slant=0.5):
+        """Variance of x, of y (downwards), and covariance of the ink, for factors from 0, the least, to 1."""
+        factors = torch.tensor([rotation, slant, 0.5, 0.5, 0.5, 0.5])[:, None].expand(6, 300)
+        monkeypatch.setattr(torch, "rand", lambda *_, **__: factors)
+        ink = common.render_digits(300, 0).images.double().squeeze(1)
+        ink, place = ink / ink.sum((1, 2), keepdim=True), torch.arange(28.0).double()
+        x, y = (place - (ink.sum(dim) @ place)[:, None] for dim in (1, 2))  # from the centre
+        return (ink.sum(1) * x**2).sum(1), (ink.sum(2) * y**2).sum(1), (ink * x[:, None] * y[:, :, None]).sum((1, 2))
+
+    def angle(x, y, xy):
+        return 90 / math.pi * torch.atan2(2 * xy, x - y)  # of the long axis
+
+    plain, turned, slanted = moments(), moments(rotation=1), moments(slant=1)
+    turn = (angle(*turned) - angle(*plain)).remainder(180)
+    assert turn.median().item() == pytest.approx(15, abs=1)
+    shear = (slanted[2] - plain[2]) / plain[1]
+    assert shear.median().item() == pytest.approx(-0.3, abs=0.03)  # the top goes right
 
 
 def test_digits_are_cached_and_a_damaged_cache_is_made_again(tmp_path, monkeypatch):
@@ -2394,7 +2438,7 @@ SIGNED = b"\x00\x00\x09\x01\x00\x00\x00\x01\xff"  # one int8
 @pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "train-images-idx3-ubyte.gz"])
 def test_a_damaged_idx_file_is_named(tmp_path, content, name):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(common.Fault, match=name):
+    with pytest.raises(common.Fault, match=f"{name} is damaged"):
         common.load_data("mnist", tmp_path)
 
 
@@ -2492,7 +2536,6 @@ def test_folder_reads_mixed_pictures_and_trains_on_them(tmp_path, nested):
     (tmp_path / "pictures" / "notes.txt").write_text("no picture")
     data = common.load_data("folder", tmp_path / "pictures", img_size=8, background="blue")
     assert data.images.shape == ((10 if nested else 5), 3, 8, 8)
-    grey, grey_alpha, hidden, palette, photo = data.images[:5]
     by_name = dict(zip(["grey", "grey_alpha", "hidden_red", "palette", "photo"], data.images[:5], strict=True))
     assert (by_name["grey"] == 128).all()
     for name in ("grey_alpha", "hidden_red"):
@@ -2678,6 +2721,7 @@ def test_reading_many_pictures_says_how_far_it_is(monkeypatch, capsys):
 def test_epoch_order_is_a_shuffle_that_depends_on_seed_and_epoch_alone():
     order = common.epoch_order(10, 3, seed=1, epoch=2)
     torch.manual_seed(99)
+    common.epoch_order.cache_clear()  # or it is the same tensor
     assert torch.equal(order, common.epoch_order(10, 3, seed=1, epoch=2))
     assert order.shape == (3, 3)
     assert len(set(order.flatten().tolist())) == 9
@@ -2934,8 +2978,10 @@ def test_score_of_snapshots_of_folders_and_of_several_runs(few_digits, capsys):
     (pictures,) = scores("r/generated")
     assert pictures["epoch"] == "pictures"
     assert 0.5 < float(pictures["fd"]) / float(rows[2]["fd"]) < 2  # other samples of the same G
-    assert score.main(["r", "r", "--samples", "100"]) == 0
-    assert f"fd: mean {rows[2]['fd']}, from {rows[2]['fd']}" in capsys.readouterr().out
+    assert score.main(["r", "r/generated", "--dataset", "digits", "--samples", "100"]) == 0
+    low, high = sorted([float(rows[2]["fd"]), float(pictures["fd"])])
+    told = re.search(r"fd: mean (\S+), from (\S+) to (\S+)", capsys.readouterr().out).groups()
+    assert [float(value) for value in told] == pytest.approx([(low + high) / 2, low, high], rel=1e-3)
 
 
 @draws_axes
@@ -3060,13 +3106,6 @@ def test_score_keeps_to_the_classes_of_the_run(few_digits, rendered, monkeypatch
     real = score.reference("digits", "data", None, (3, 7), "white", False)
     assert len(real.held) == torch.isin(test.labels, torch.tensor([3, 7])).sum()
     assert real.order.sort().values.tolist() == list(range(int(few.sum()))) != real.order.tolist()  # sorted data, too
-
-
-def test_score_of_the_snapshots_of_a_colour_run_makes_them_grey(few_digits, pictures, monkeypatch):
-    monkeypatch.setattr(mlp_gan, "load_data", common.load_data)
-    run_on_pictures(mlp_gan, pictures, "r", "--epochs", 1, "--snapshot-every", 1, "--img-size", 28)
-    assert score.main(["r", "--dataset", "digits", "--snapshots", "--samples", "20"]) == 0
-    assert len(scores("r")) == 2
 
 
 def nearest_shade():
