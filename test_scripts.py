@@ -2941,6 +2941,17 @@ def test_score_of_stacked_digits_counts_modes_of_26_000_samples(monkeypatch):
     modes = train.labels.unique()
     assert float(row["kl"]) == pytest.approx(score.balance(labels, modes, 1000)[0], rel=1e-3)
     assert len(score.reference("stacked-mnist", "data", 8, (), "white", False).held) == 26_000
+    monkeypatch.setattr(score, "load_data", lambda *_: common.Data(train.images[:2], modes[:2]))  # of two classes
+    few = score.reference("stacked-mnist", "data", 8, (0, 1), "white", False).labels
+    assert score.balance(torch.tensor([0, 1]), few, 1000)[0] < 1e-3
+
+
+def test_score_draws_no_more_samples_than_there_are_training_images(few_digits, monkeypatch):
+    run(mlp_gan, "--max-steps", 1, "--out", "r")
+    asked, draw = [], score.draw
+    monkeypatch.setattr(score, "draw", lambda path, n: asked.append(n) or draw(path, n))
+    assert score.main(["r"]) == 0
+    assert asked == [400]  # so that fd_floor is of as many
 
 
 def test_precision_and_recall_do_not_depend_on_the_order_of_the_pictures(tmp_path):
@@ -3187,14 +3198,20 @@ def test_the_steps_that_are_timed(critic_steps):
     assert all(p.grad.abs().sum() > 0 for p in [*G.parameters(), *D.parameters()])
 
 
-def test_the_plain_loop_upsamples_and_convolves_in_two_layers(monkeypatch):
-    seen = []
-    monkeypatch.setattr(speed, "plain_step", lambda G, *_: seen.append(G))
+def test_the_plain_loop_upsamples_and_convolves_in_two_layers_and_copies_nothing(monkeypatch):
+    seen, copied = [], []
+    monkeypatch.setattr(speed, "plain_step", lambda G, D, *_: seen.extend([G, D]))
     data = common.Data(torch.zeros(64, 1, 28, 28, dtype=torch.uint8))
     speed.measure("dcgan", " ".join([*TINY["dcgan"], "--upsample nearest"]), data, steps=1, rounds=1)
     assert "Conv2d" in kinds(seen[0])
     assert "UpsampleConv2d" not in kinds(seen[0])
-    assert seen[0](torch.randn(2, next(seen[0].parameters()).shape[1])).shape == (2, 1, 28, 28)
+    for layer in [*seen[0], *seen[1]]:
+        if type(layer).__name__ in ("Permute", "Flatten", "Unflatten"):
+            layer.register_forward_hook(lambda _, inputs, y: copied.append(y.data_ptr() != inputs[0].data_ptr()))
+    x = seen[0](torch.randn(2, next(seen[0].parameters()).shape[1]))
+    assert x.shape == (2, 1, 28, 28)
+    assert seen[1](x).shape == (2,)
+    assert copied == [False] * 5
 
 
 def test_the_plain_loop_has_the_penalties_of_the_script():

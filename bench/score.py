@@ -10,8 +10,8 @@ Writes score.csv, of a run score.png, and nearest.png (16 samples, each before t
 nearest features; of a folder of pictures: FOLDER-nearest.png, in the working directory).
 Features are the last hidden layer of a small classifier of the data set, trained once on its labels, seeded, kept in
 --data-dir: fd is no FID. All is measured against test images, which neither G nor the classifier has seen; without
-labels, by --features inception, against half of the images that G has seen.
-    fd, fd_floor       Frechet distance (Heusel et al. 2017, 1706.08500); of as many training images: one draw of many
+labels, by --features inception, against half of the images that G has seen (there see what kl --sanity gives).
+    fd, fd_floor       Frechet distance (Heusel et al. 2017, 1706.08500); of as many training images (fewer: too high)
     kid, kid_se        unbiased squared MMD (Binkowski et al. 2018, 1801.01401), kernel (x.y / u + 1)^3, where u is the
                        mean x.x of real images, in place of the number of features; and its standard error
     precision, recall  share of samples as near to a real image as its 3rd neighbour is; the reverse (2019, 1904.06991),
@@ -138,11 +138,11 @@ def draw(path, n):
 @lru_cache(1)  # for several runs on the same data
 def reference(dataset, data_dir, img_size, classes, background, inception):
     """The images of a data set, the network that looks at them, and what it finds in those that are held out."""
-    train, train_labels, _ = load_data(dataset, data_dir, img_size, classes, background)
+    train, known, _ = load_data(dataset, data_dir, img_size, classes, background)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
     if dataset in ["digits", "stacked-mnist", "mnist", "fashion", "cifar10"]:
         test, size = load_test(dataset, data_dir), train.shape[2:]
-        images, y = (x[torch.isin(test.labels, train_labels.unique())] for x in (test.images, test.labels))
+        images, y = (x[torch.isin(test.labels, known.unique())] for x in (test.images, test.labels))
         images = nn.functional.interpolate(images.float(), size, mode="bilinear", antialias=True).round().byte()
     elif inception:
         images, order = train[order[::2]], order[1::2]
@@ -153,7 +153,7 @@ def reference(dataset, data_dir, img_size, classes, background, inception):
     seen, (held, labels) = extract(eyes, train)[0], extract(eyes, images)
     if not inception:
         print(f"Classifier of {one}: {(labels == y).float().mean():.2%} of {len(y):,} test images of {dataset} right")
-    labels, classes = (labels, eyes[1].out_features) if inception or one == dataset else (train_labels.unique(), 1000)
+    labels, classes = (labels, len(eyes[1].bias)) if inception or one == dataset else (known.unique().tile(1000), 1000)
     return argparse.Namespace(train=train, seen=seen, order=order, eyes=eyes, held=held, labels=labels, classes=classes)
 
 def score(images, epoch, real, rows, folder):
@@ -193,10 +193,10 @@ def score_folder(folder, args):
         raise Misuse(f"{folder} holds no saved run: name another, or pictures, with --dataset to compare them with.")
     if (args.watch or args.snapshots) and not flags.get("snapshot_every"):
         raise Misuse(f"{folder} was not trained with --snapshot-every: it has no snapshots.")
-    n = args.samples or (26_000 if dataset == "stacked-mnist" else 10_000)
     data = flags if dataset == flags.get("dataset") else {}  # of another data set only the size of the pictures counts
     real = reference(dataset, args.data_dir or data.get("data_dir", "data"), flags.get("img_size"),
                      tuple(data.get("classes") or ()), data.get("background", "white"), args.features == "inception")
+    n = args.samples or (26_000 if dataset == "stacked-mnist" else min(10_000, len(real.order)))
     while args.snapshots or args.watch:
         for path in sorted({*folder.glob("generators/*.pt")} - done):
             done.add(path)
@@ -227,7 +227,7 @@ def main(argv=None):
     add("folders", nargs="*", type=Path, help="runs, or folders of pictures to compare with --dataset")
     add("--dataset", choices=list(DATASETS), help="of the real images (that of the run)")
     add("--data-dir", help="where these are (where the run had it; else data)")
-    add("--samples", type=int, help="of a run, or of --sanity, 4 or more (10,000; of stacked-mnist 26,000)")
+    add("--samples", type=int, help="of a run, or of --sanity, 4 or more (up to 10,000; of stacked-mnist 26,000)")
     add("--features", choices=["classifier", "inception"], default="classifier", help="inception: of ImageNet")
     add("--snapshots", action="store_true", help="score each of generators/*.pt too, and name the best")
     add("--watch", action="store_true", help="score each of generators/*.pt as it comes, to Ctrl-C")

@@ -6,12 +6,12 @@
     python bench/speed.py --data     # the second alone
 
 First table. The script runs as it is, main() and all, on random pictures; samples, plots and checkpoints are not made.
-The time of a step is that from one G loss to the next, after a few. The plain loop has the same networks, losses and
-size of batch, written as tutorials write it: contiguous float32, nn.Upsample before a convolution, a backward pass for
-each of D's losses, D's weight gradients in the G step, G's graph in the D step, Adam as it is by default, .item() on
-each loss, pictures from a DataLoader with ToTensor and Normalize; or, in a column of its own, a batch that lies ready.
-The bound is the forward and backward passes of the script's networks alone, in its layout and precision, on fixed z and
-x: no optimiser, noise or logging. Adam is what the same takes longer with the optimisers' steps, which wait for memory;
+The time of a step is that from one G loss to the next, after a few (with a row of the log if a round has 48). The plain
+loop has the same networks, losses and size of batch, written as tutorials write it: contiguous float32, nn.Upsample
+before a convolution, a backward pass for each of D's losses, D's weight gradients in the G step, G's graph in the D
+step, Adam by default, .item() on each loss, pictures from a DataLoader with ToTensor and Normalize; or, in a column of
+its own, a batch that lies ready. The bound is the forward and backward passes of the script's networks alone, in its
+layout and precision, on fixed z and x: no optimiser, noise or logging. Adam is what the optimisers' steps add to it;
 time over the bound is the rest. All of a row are timed in turn in one process, the ratios taken round by round.
 
 Second table. dcgan.py on N pictures of 28x28, resident and in a memory-mapped file that has just been written, and lies
@@ -45,7 +45,7 @@ ROWS = {  # the script, its flags, steps a round: a multiple of --r1-every
     "dcgan, nearest, 32x32": ("dcgan", "--img-size 32 --depth 1 --upsample nearest --hidden-channels 64 128", 20),
     "dcgan, strongest": ("dcgan", "--hidden-channels 32 64 --upsample nearest --d-norm none --r1 0.5 --r1-every 4", 20),
     "the same, R1 each step": ("dcgan", "--hidden-channels 32 64 --upsample nearest --d-norm none --r1 0.5", 20),
-    "wgan_gp": ("wgan_gp", "", 20),
+    "wgan_gp": ("wgan_gp", "", 48),  # long enough for a row of its log, which is dear
     "wgan_gp, one convolution, 64 128, batch 64": ("wgan_gp", "--depth 1 --hidden-channels 64 128 --batch-size 64", 8),
     "infogan": ("infogan", "", 30),
 }
@@ -159,8 +159,8 @@ def measure(name, flags, data, steps, rounds):
             if precision == "bf16":
                 G, D = script.build(args)
                 for layer in [*G.modules(), *D.modules()]:
-                    if isinstance(layer, Permute):  # the script's G lies channels last from there on
-                        layer.register_forward_hook(lambda _, inputs, output: output.contiguous())
+                    if isinstance(layer, Permute):  # tutorials order these numbers so that nothing is copied
+                        layer.register_forward_hook(lambda _, inputs, output: inputs[0].reshape(output.shape))
                     if isinstance(layer, nn.LeakyReLU):  # wgan_gp.py has its own
                         layer.__class__ = nn.LeakyReLU
                     if isinstance(layer, getattr(script, "UpsampleConv2d", ())):  # dcgan.py's own
@@ -216,8 +216,8 @@ def table_of_sizes(rounds, shorter):
     cases, found = [(n, kind) for n in sizes for kind in ("resident", "mapped")], []
     with tempfile.TemporaryDirectory() as folder:
         data = [load_size(*case, folder) for case in cases]
-        for _ in range(rounds):
-            found.append([run_script(importlib.import_module("dcgan"), [], one, steps)[0] for one in data])
+        for i in range(rounds):  # each on other pictures
+            found.append([run_script(importlib.import_module("dcgan"), [f"--seed={i}"], one, steps)[0] for one in data])
     for (n, kind), took in zip(cases, zip(*found, strict=True), strict=True):
         ratios = [seconds / first for seconds, (first, *_) in zip(took, found, strict=True)]
         command = [sys.executable, __file__, "--measure", str(n), kind, str(steps)]
