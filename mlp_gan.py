@@ -77,8 +77,8 @@ def parse_args(argv=None, known=None):
     run("--batch-size", type=number(int, 2), default=64, help="pictures in a batch (%(default)s)")
     run("--seed", type=number(int, 0, 2**31), default=0, help="of the weights, the noise and the order (%(default)s)")
     run("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
-    run("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 if CPU or CUDA has it (auto)")
-    run("--compile", action="store_true", help="torch.compile both networks: slow to start, for GPUs only")
+    run("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 if x86 or CUDA has it (auto)")
+    run("--compile", action=argparse.BooleanOptionalAction, help="torch.compile both networks: for GPUs only")
     run("--out", help="the folder of the run (runs/SCRIPT-DATASET)")
     run("--overwrite", action="store_true", help="replace the run that is in the folder")
     run("--resume", action="store_true", help="go on with the run that is in the folder, by its flags, to --epochs")
@@ -117,8 +117,8 @@ def pick_device(args):
         device = torch.zeros(1, device=best if args.device == "auto" else args.device).device
     except (RuntimeError, AssertionError, ImportError) as error:
         raise Misuse(f"--device {args.device} is not there, or not for this torch: auto is {best} here.") from error
-    has = torch.cpu.get_capabilities() if device.type == "cpu" else {"bf16": torch.cuda.is_bf16_supported(False)}
-    return device, {"bf16": True, "fp32": False, "auto": has.get("avx512_bf16", has.get("bf16", False))}[args.precision]
+    has = torch.cpu.get_capabilities() if device.type == "cpu" else {"gpu_bf16": torch.cuda.is_bf16_supported(False)}
+    return device, {"fp32": False, "bf16": True}.get(args.precision, has.get("avx512_bf16", has.get("gpu_bf16", False)))
 
 def open_run(args, argv):
     """args and None for a new run; else the flags and the checkpoint of the run in args.out. Raises Misuse or Fault."""
@@ -135,7 +135,7 @@ def open_run(args, argv):
             network.load_state_dict(run[name])  # only to see if they fit
     except Exception as error:  # torch.load raises many kinds for a file that is not a checkpoint
         raise Fault(f"{path} is missing (train first), damaged or of other networks: change --out.") from error
-    free = {"epochs", "max_steps", "device", "data_dir", "out", "resume", "sample"}
+    free = {"epochs", "max_steps", "device", "compile", "data_dir", "out", "resume", "sample"}
     for name, value in flags.items():
         if getattr(args, name) != value and name not in free and not (args.sample and name == "seed"):
             raise Misuse(f"{path} has {name.replace('_', '-')} {value}: keep to it, or change --out.")
